@@ -1,0 +1,39 @@
+// Device helpers for bf16 -> e4m3 conversion; plain functions on registers, no memory access.
+//
+// The rounding is the hardware's cvt.rn.satfinite.e4m3x2.f32 (PTX ISA, "cvt"): round to nearest
+// even, finite values beyond +-448 saturate to +-448, NaN becomes NaN.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cstdint>
+
+namespace jax_w4moe {
+
+inline constexpr float kE4m3Max = 448.0f;
+
+// The two bf16 halves of a word as f32; exact, since bf16 is the upper half of an f32.
+__device__ __forceinline__ float LowBf16ToFloat(uint32_t word) {
+  return __uint_as_float(word << 16);
+}
+__device__ __forceinline__ float HighBf16ToFloat(uint32_t word) {
+  return __uint_as_float(word & 0xffff0000u);
+}
+
+// Four f32 to four e4m3 in one word, v0 in the lowest byte.
+__device__ __forceinline__ uint32_t PackE4m3x4(float v0, float v1, float v2, float v3) {
+  cutlass::Array<float, 4> values;
+  values[0] = v0;
+  values[1] = v1;
+  values[2] = v2;
+  values[3] = v3;
+  auto packed = cutlass::NumericArrayConverter<cutlass::float_e4m3_t, float, 4>::convert(values);
+  return reinterpret_cast<uint32_t const&>(packed);
+}
+
+// One f32 to the byte of an e4m3.
+__device__ __forceinline__ uint8_t ToE4m3(float v) {
+  return static_cast<uint8_t>(PackE4m3x4(v, 0.0f, 0.0f, 0.0f));
+}
+
+}  // namespace jax_w4moe

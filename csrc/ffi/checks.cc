@@ -1,0 +1,70 @@
+// The sentences of the checks that all handlers share.
+#include "ffi/checks.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <string>
+
+#include "ffi/error.h"
+
+namespace jax_w4moe {
+namespace {
+
+namespace ffi = xla::ffi;
+
+template <typename Range>
+std::string Shape(const Range& dims) {
+  std::string text = "[";
+  for (int64_t dim : dims) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  return text + "]";
+}
+
+XLA_FFI_DataType Printable(ffi::DataType dtype) { return static_cast<XLA_FFI_DataType>(dtype); }
+
+}  // namespace
+
+ffi::Error CheckDevice(const char* op) {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  JAX_W4MOE_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device), op, "cudaGetDevice"));
+  JAX_W4MOE_RETURN_IF_ERROR(
+      FromCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op,
+               "reading the compute capability"));
+  JAX_W4MOE_RETURN_IF_ERROR(
+      FromCuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op,
+               "reading the compute capability"));
+  if (major != 9 || minor != 0) {
+    return InvalidArgument(op, ": CUDA device ", device, " has compute capability ", major, ".",
+                           minor, ", the kernels need 9.0 (Hopper); use implementation=\"xla\"");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckType(const char* op, const char* name, ffi::AnyBuffer buffer, ffi::DataType dtype,
+                     size_t rank) {
+  if (buffer.element_type() != dtype) {
+    return InvalidArgument(op, ": ", name, " has dtype ", Printable(buffer.element_type()),
+                           ", expected ", Printable(dtype),
+                           "; call the op through jax_w4moe, which checks this");
+  }
+  if (buffer.dimensions().size() != rank) {
+    return InvalidArgument(op, ": ", name, " has rank ", buffer.dimensions().size(), " (shape ",
+                           Shape(buffer.dimensions()), "), expected rank ", rank,
+                           "; call the op through jax_w4moe, which checks this");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckShape(const char* op, const char* name, ffi::AnyBuffer buffer,
+                      std::initializer_list<int64_t> expected) {
+  auto dims = buffer.dimensions();
+  if (!std::equal(dims.begin(), dims.end(), expected.begin(), expected.end())) {
+    return InvalidArgument(op, ": ", name, " has shape ", Shape(dims), ", expected ",
+                           Shape(expected), "; call the op through jax_w4moe, which checks this");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_w4moe

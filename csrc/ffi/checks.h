@@ -1,0 +1,23 @@
+// Checks that every handler repeats although Python made them at trace time: a program may come
+// from jax.export or another version of the package.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_w4moe {
+
+// The current device must be compute capability 9.0, the only one the kernels are compiled for.
+xla::ffi::Error CheckDevice(const char* op);
+
+// `buffer` must have this dtype and rank.
+xla::ffi::Error CheckType(const char* op, const char* name, xla::ffi::AnyBuffer buffer,
+                          xla::ffi::DataType dtype, size_t rank);
+
+// `buffer` must have exactly these dimensions (and so this rank).
+xla::ffi::Error CheckShape(const char* op, const char* name, xla::ffi::AnyBuffer buffer,
+                           std::initializer_list<int64_t> expected);
+
+}  // namespace jax_w4moe

@@ -1,0 +1,63 @@
+"""Mixture-of-Experts layers with 4-bit experts, for JAX on Hopper GPUs and any XLA device."""
+
+import importlib
+from typing import Any
+
+from jax_w4moe import _ffi, reference
+from jax_w4moe._ffi import build_info, is_available, why_unavailable
+from jax_w4moe.activations import SwiGLU
+from jax_w4moe.formats import MXFP4, WeightFormat
+from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
+from jax_w4moe.packing import (
+    dequantize_experts,
+    pack,
+    pack_experts,
+    quantize_experts,
+    unpack,
+    unpack_experts,
+)
+from jax_w4moe.quantization import PerToken
+from jax_w4moe.routing import topk_routing
+from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
+
+__all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
+    "MXFP4",
+    "ExpertWeights",
+    "PackedExperts",
+    "PackedTensor",
+    "PerToken",
+    "QuantizedTensor",
+    "SwiGLU",
+    "WeightFormat",
+    "build_info",
+    "checkpoint",
+    "dequantize_experts",
+    "expert_mlp",
+    "flax",
+    "fused_moe",
+    "grouped_matmul",
+    "is_available",
+    "pack",
+    "pack_experts",
+    "quantize_experts",
+    "quantize_fp8",
+    "reference",
+    "topk_routing",
+    "unpack",
+    "unpack_experts",
+    "why_unavailable",
+]
+
+DISABLE_JAX_EXPORT_CHECKS = _ffi.disable_export_checks()
+"""For ``jax.export.export(..., disabled_checks=...)``: lets our custom calls be exported."""
+
+# Registers the FFI targets now, so that an exported program finds them; touches no device.
+_ffi.targets()
+
+
+def __getattr__(name: str) -> Any:
+    # These need the extras [flax] and [checkpoint]; the package itself imports without them.
+    if name in ("checkpoint", "flax"):
+        return importlib.import_module(f"jax_w4moe.{name}")
+    raise AttributeError(f"module 'jax_w4moe' has no attribute {name!r}")

@@ -1,0 +1,231 @@
+"""An opened checkpoint: one or many safetensors files, looked up by tensor name.
+
+Names, dtypes and shapes come from headers; data is read in slices from the mapped file. A shard is
+opened when a tensor of it is first asked for, so the shards of other layers may even be missing.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+# NOTE: safetensors returns BF16 as numpy arrays once ml_dtypes has registered the dtype.
+import ml_dtypes  # noqa: F401
+import numpy as np
+
+try:
+    import safetensors
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "jax_w4moe.checkpoint needs safetensors, which is not installed; run"
+        " pip install 'jax_w4moe[checkpoint]'.",
+        name="safetensors",
+    ) from error
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    Attributes:
+      name: the tensor's name.
+      file: the safetensors file that holds it.
+      dtype: in safetensors' spelling, e.g. "U8" or "BF16".
+      shape: as stored.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class CheckpointFiles:
+    """The tensors of a checkpoint folder or file; a context manager that closes what it opened.
+
+    Attributes:
+      path: what was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Finds the files and, with an index, reads it; opens no shard.
+
+        Args:
+          path: a folder with ``model.safetensors`` or ``model.safetensors.index.json``, or one
+            ``.safetensors`` file.
+
+        Raises:
+          FileNotFoundError: there is no such path, or no checkpoint in it.
+          ValueError: the index is damaged.
+        """
+        self.path = Path(path)
+        self._open_files = contextlib.ExitStack()
+        self._handles: dict[Path, Any] = {}
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"checkpoint {str(self.path)!r} does not exist; pass a local folder with"
+                f" {SINGLE_FILE} or {INDEX_FILE} (a Hub name must be downloaded first)."
+            )
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+
+    def __enter__(self) -> "CheckpointFiles":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._handles.clear()
+        self._open_files.close()
+
+    @functools.cached_property
+    def names(self) -> dict[str, Path]:
+        """Every tensor's name and the file that holds it."""
+        if self.path.is_file():
+            return dict.fromkeys(self._keys(self.path), self.path)
+        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        if single.is_file():
+            return dict.fromkeys(self._keys(single), single)
+        if index.is_file():
+            return _weight_map(index)
+        found = sorted(entry.name for entry in self.path.iterdir())
+        raise FileNotFoundError(
+            f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE} (it holds"
+            f" {_some(found) or 'nothing'}); pass the checkpoint's own folder, or one .safetensors"
+            " file."
+        )
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The parsed ``config.json`` beside the tensors, or None if there is none.
+
+        Raises:
+          ValueError: it is not a JSON object.
+        """
+        file = self.folder / CONFIG_FILE
+        return _json_object(file) if file.is_file() else None
+
+    @property
+    def opened(self) -> frozenset[Path]:
+        """The safetensors files opened so far."""
+        return frozenset(self._handles)
+
+    def info(self, name: str) -> TensorInfo:
+        """Looks a tensor up in its file's header.
+
+        Raises:
+          FileNotFoundError: the index names a file that is not there.
+          ValueError: there is no such tensor, or its file is damaged.
+        """
+        file = self._file_of(name)
+        handle = self._handle(file)
+        try:
+            view = handle.get_slice(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{self.folder / INDEX_FILE} says that {name} is in {file.name}, which holds no"
+                " such tensor; the index and the shards are of different downloads: download both"
+                " again."
+            ) from error
+        return TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape()))
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Copies a tensor, or one entry along its first axis, from the mapped file.
+
+        Args:
+          name: the tensor's name; :meth:`info` has accepted it.
+          index: reads [index : index + 1] only, keeping the axis; None reads everything.
+
+        Returns:
+          A numpy array in the stored dtype (BF16 as ml_dtypes.bfloat16).
+        """
+        handle = self._handle(self._file_of(name))
+        view = handle.get_slice(name)
+        array: np.ndarray = view[:] if index is None else view[index : index + 1]
+        return array
+
+    def _file_of(self, name: str) -> Path:
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+            raise ValueError(
+                f"{self.path} holds no tensor {name}; the nearest of its {len(self.names)} names"
+                f" are {_some(near) or 'not alike'}: check the layer number and that the download"
+                " is complete."
+            )
+        return self.names[name]
+
+    def _keys(self, file: Path) -> list[str]:
+        keys: list[str] = list(self._handle(file).keys())
+        return keys
+
+    def _handle(self, file: Path) -> Any:
+        if file in self._handles:
+            return self._handles[file]
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{self.folder / INDEX_FILE} names {file.name}, which is not in {self.folder};"
+                " download it again."
+            )
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+        except safetensors.SafetensorError as error:
+            raise ValueError(_damaged(file, error)) from error
+        self._handles[file] = self._open_files.enter_context(opened)
+        return self._handles[file]
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    with file.open("rb") as stream:
+        pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    if pointer:
+        return f"{file} is a Git LFS pointer, not the tensors; run git lfs pull in {file.parent}."
+    return (
+        f"{file} is truncated or not a safetensors file ({file.stat().st_size} bytes: {error});"
+        " download it again."
+    )
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{file} is not JSON ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds a JSON {type(content).__name__}, need an object; download it again."
+        )
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{index} has no weight_map from tensor names to files; download it again."
+        )
+    for name, file in weight_map.items():
+        # A shard lies beside its index; anything else would make a download read other files.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{index} maps {name} to {file!r}, need the name of a file beside the index;"
+                " download it again."
+            )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,322 @@
+"""Every precondition of a user's call, and its one sentence: the value, the bound, the remedy.
+
+Only shapes, dtypes and static values are read, so all of it works on tracers.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_w4moe.activations import SwiGLU
+from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
+from jax_w4moe.quantization import PerToken
+from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
+
+MAX_TOP_K = 32
+MAX_EXPERTS = 1024
+SIZE_MULTIPLE = 32
+SCORINGS = ("softmax", "topk_softmax")
+
+
+def _array(name: str, value: Any, rank: int | None, what: str) -> None:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name}: got {type(value).__name__}, need an array {what}.")
+    if rank is not None and len(value.shape) != rank:
+        raise ValueError(
+            f"{name}: shape {tuple(value.shape)} has rank {len(value.shape)}, need {what};"
+            " reshape it."
+        )
+
+
+def _shape(name: str, value: Any, expected: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: shape {tuple(value.shape)}, need {expected}: {why}.")
+
+
+def _size(name: str, size: int, multiple: int = SIZE_MULTIPLE) -> None:
+    if size <= 0 or size % multiple:
+        raise ValueError(
+            f"{name}={size} is not a positive multiple of {multiple};"
+            f" zero-pad it to {max(-(-size // multiple), 1) * multiple}."
+        )
+
+
+def routing(logits: Any, k: int, scoring: str, bias: Any) -> None:
+    """Preconditions of ``topk_routing``."""
+    _array("logits", logits, None, "float[..., E]")
+    if not logits.shape:
+        raise ValueError("logits: shape () has rank 0, need [..., E]; add the expert axis.")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits: dtype {logits.dtype} is not floating point; cast to jnp.float32.")
+    num_experts = logits.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} is not in 1..{num_experts} (the experts in logits); lower k.")
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring={scoring!r} is unknown; use one of {', '.join(SCORINGS)}.")
+    if bias is not None:
+        _shape("bias", bias, (num_experts,), "one selection bias per expert")
+
+
+def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
+    """Checks a canonical tensor's shapes and dtypes; returns its logical (E, N, K)."""
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"{name}: got {type(q).__name__}, need a QuantizedTensor.")
+    if not isinstance(q.format, WeightFormat):
+        raise TypeError(f"{name}.format: got {q.format!r}, need a WeightFormat such as MXFP4.")
+    _array(f"{name}.codes", q.codes, 3, "u8[E, N, K/2]")
+    _array(f"{name}.scales", q.scales, 3, f"[E, N, K/{q.format.group_size}]")
+    if q.codes.dtype == jnp.uint8:
+        codes_per_byte = 2
+    elif q.codes.dtype == jnp.float4_e2m1fn:
+        codes_per_byte = 1
+    else:
+        raise TypeError(
+            f"{name}.codes: dtype {q.codes.dtype}, need uint8 (two codes a byte) or float4_e2m1fn;"
+            " view the bytes as uint8."
+        )
+    num_experts, rows, width = q.codes.shape
+    columns = width * codes_per_byte
+    if num_experts < 1 or num_experts > MAX_EXPERTS:
+        raise ValueError(f"{name}: E={num_experts} is not in 1..{MAX_EXPERTS}.")
+    _size(f"{name}: N", rows)
+    _size(f"{name}: K", columns)
+    _shape(
+        f"{name}.scales",
+        q.scales,
+        (num_experts, rows, columns // q.format.group_size),
+        f"one scale per {q.format.group_size} of K={columns}",
+    )
+    q.format.canonical_scales(q.scales[:0])  # raises TypeError on a dtype it does not store
+    return num_experts, rows, columns
+
+
+def gate_up(name: str, rows: int) -> None:
+    """Checks that a w13's rows are two halves."""
+    if rows % (2 * SIZE_MULTIPLE):
+        raise ValueError(
+            f"{name}: N={rows} cannot be two halves of a multiple of {SIZE_MULTIPLE} rows; pack it"
+            ' with row_order="canonical".'
+        )
+
+
+def expert_weights(weights: ExpertWeights) -> None:
+    """Checks that the parts of canonical expert weights fit together."""
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(
+            f"got {type(weights).__name__}, need ExpertWeights (quantize_experts or load_experts"
+            " make them)."
+        )
+    w13, w2 = quantized("w13", weights.w13), quantized("w2", weights.w2)
+    if w13[0] != w2[0]:
+        raise ValueError(
+            f"w13 has E={w13[0]} experts and w2 has E={w2[0]}; both must hold the same experts."
+        )
+    if w13[1] != 2 * w2[2] or w13[2] != w2[1]:
+        raise ValueError(
+            f"w13 is [E, N={w13[1]}, K={w13[2]}] and w2 is [E, N={w2[1]}, K={w2[2]}]; need w13"
+            " [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."
+        )
+    if weights.w13.format != weights.w2.format:
+        raise ValueError(
+            f"w13 is {weights.w13.format} and w2 is {weights.w2.format}; both must be of one."
+        )
+    for name, bias, size in (
+        ("w13_bias", weights.w13_bias, w13[1]),
+        ("w2_bias", weights.w2_bias, w2[1]),
+    ):
+        if bias is not None:
+            _array(name, bias, 2, f"float[{w13[0]}, {size}]")
+            _shape(name, bias, (w13[0], size), "one bias per expert and row")
+            if not jnp.issubdtype(bias.dtype, jnp.floating):
+                raise TypeError(f"{name}: dtype {bias.dtype} is not floating point; cast it.")
+
+
+def float_kernels(w_gate: Any, w_up: Any, w_down: Any) -> None:
+    """Preconditions of ``quantize_experts``."""
+    for name, value in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
+        layout = "[E, H, I]" if name == "w_down" else "[E, I, H]"
+        _array(name, value, 3, f"float{layout}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name}: dtype {value.dtype} is not floating point; cast it.")
+    num_experts, intermediate, hidden = w_gate.shape
+    _shape(
+        "w_up", w_up, (num_experts, intermediate, hidden), "w_up is shaped like w_gate [E, I, H]"
+    )
+    _shape("w_down", w_down, (num_experts, hidden, intermediate), "w_down is [E, H, I]")
+    _size("hidden_size H", hidden)
+    _size("intermediate_size I", intermediate)
+
+
+def layout_version(name: str, version: int) -> None:
+    """Refuses weights packed by another version of the layout."""
+    if version != LAYOUT_VERSION:
+        raise ValueError(
+            f"{name}: packed with layout version {version}, this library reads version"
+            f" {LAYOUT_VERSION}; pack the canonical weights again."
+        )
+
+
+def packed(name: str, tensor: PackedTensor) -> None:
+    """Checks a packed tensor handed to an op."""
+    if not isinstance(tensor, PackedTensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, need a PackedTensor; call pack().")
+    layout_version(name, tensor.layout_version)
+    if tensor.data.dtype != jnp.uint8:
+        raise TypeError(f"{name}.data: dtype {tensor.data.dtype}, need uint8; call pack() again.")
+
+
+def packed_experts(experts: PackedExperts) -> None:
+    """Checks packed experts handed to an op."""
+    if not isinstance(experts, PackedExperts):
+        raise TypeError(
+            f"experts: got {type(experts).__name__}, need PackedExperts; call pack_experts()."
+        )
+    packed("experts.w13", experts.w13)
+    packed("experts.w2", experts.w2)
+    if experts.w13.data.shape[0] != experts.w2.data.shape[0]:
+        raise ValueError(
+            f"experts: w13 holds E={experts.w13.data.shape[0]} experts and w2"
+            f" E={experts.w2.data.shape[0]}; both must hold the same experts."
+        )
+
+
+def rows(value: Any, num_experts: int) -> None:
+    """Checks the two layouts of ``expert_mlp``."""
+    _array("rows", value, None, "[M, H] or [E, M_max, H]")
+    if len(value.shape) not in (2, 3):
+        raise ValueError(
+            f"rows: shape {tuple(value.shape)} has rank {len(value.shape)}, need [M, H] or"
+            " [E, M_max, H]; reshape it."
+        )
+    if len(value.shape) == 3 and value.shape[0] != num_experts:
+        raise ValueError(
+            f"rows: shape {tuple(value.shape)} holds {value.shape[0]} experts, the weights hold"
+            f" E={num_experts}; pass [E, M_max, H]."
+        )
+
+
+def element_type(dtype: Any) -> jnp.dtype:
+    """The result dtype of ``grouped_matmul``."""
+    dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
+    if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        raise TypeError(f"preferred_element_type={dtype}: use jnp.bfloat16 or jnp.float32.")
+    return dtype
+
+
+def quantizable(x: Any) -> None:
+    """Checks the operand of ``quantize_fp8``."""
+    _array("x", x, 2, "bf16[T, H]")
+    if x.dtype != jnp.bfloat16:
+        raise TypeError(f"x: dtype {x.dtype}, need bfloat16; use x.astype(jnp.bfloat16).")
+
+
+def activations(x: Any, x_scale: Any, rank: int | None, contraction: int, what: str) -> None:
+    """Checks the activations of an op: bf16, or E4M3 with its scale."""
+    _array("x", x, rank, what)
+    if x.shape[-1] != contraction:
+        raise ValueError(
+            f"x: shape {tuple(x.shape)} ends in {x.shape[-1]}, the weights contract over"
+            f" {contraction}; pass {what} with that last axis."
+        )
+    if x.dtype == jnp.float8_e4m3fn:
+        if x_scale is None:
+            raise ValueError(
+                "x is float8_e4m3fn but x_scale is None; pass its scale, () or [T, 1]."
+            )
+        _array("x_scale", x_scale, None, "f32[] or f32[T, 1]")
+        if x_scale.shape not in ((), (*x.shape[:-1], 1)):
+            raise ValueError(
+                f"x_scale: shape {tuple(x_scale.shape)}, need () or {(*x.shape[:-1], 1)}: one scale"
+                " for all rows or one per row."
+            )
+        if x_scale.dtype != jnp.float32:
+            raise TypeError(f"x_scale: dtype {x_scale.dtype}, need float32; cast it.")
+    elif x.dtype != jnp.bfloat16:
+        raise TypeError(
+            f"x: dtype {x.dtype}, need bfloat16 (or float8_e4m3fn with x_scale); use"
+            " x.astype(jnp.bfloat16)."
+        )
+    elif x_scale is not None:
+        raise ValueError(
+            "x_scale was given but x is bfloat16; pass x as float8_e4m3fn, or leave x_scale out."
+        )
+
+
+def routes(x: Any, topk_ids: Any, topk_weights: Any, num_experts: int) -> None:
+    """Checks the routing arrays of ``fused_moe``."""
+    _array("topk_ids", topk_ids, 2, "i32[T, k]")
+    _array("topk_weights", topk_weights, 2, "f32[T, k]")
+    if topk_ids.dtype != jnp.int32:
+        raise TypeError(
+            f"topk_ids: dtype {topk_ids.dtype}, need int32 expert numbers; use"
+            " topk_ids.astype(jnp.int32)."
+        )
+    if topk_weights.dtype != jnp.float32:
+        raise TypeError(
+            f"topk_weights: dtype {topk_weights.dtype}, need float32; routing weights lose bits in"
+            " less, cast them where they are made."
+        )
+    k = topk_ids.shape[1]
+    if not 1 <= k <= min(MAX_TOP_K, num_experts):
+        raise ValueError(
+            f"topk_ids: k={k} is not in 1..{min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K}, and"
+            f" the weights hold E={num_experts} experts); lower k."
+        )
+    _shape("topk_ids", topk_ids, (x.shape[0], k), f"x has T={x.shape[0]} tokens")
+    _shape("topk_weights", topk_weights, (x.shape[0], k), "one weight per id in topk_ids")
+
+
+def group_sizes(sizes: Any, num_experts: int) -> None:
+    """Checks the per-expert row counts of a grouped op."""
+    _array("group_sizes", sizes, 1, "i32[E]")
+    if sizes.dtype != jnp.int32:
+        raise TypeError(f"group_sizes: dtype {sizes.dtype}, need int32; cast it.")
+    _shape("group_sizes", sizes, (num_experts,), "one count per expert of the weights")
+
+
+def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
+    """Checks the static choices of an op."""
+    if not isinstance(activation, SwiGLU):
+        raise NotImplementedError(f"activation={activation!r}: only SwiGLU(...) exists.")
+    if jnp.dtype(act_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
+        raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use jnp.float8_e4m3fn or jnp.bfloat16.")
+    if not isinstance(act_scale, PerToken):
+        raise NotImplementedError(f"act_scale={act_scale!r}: only PerToken() exists.")
+
+
+def unsharded(**arguments: Any) -> None:
+    """Refuses the arguments that only make sense on several devices, or with tuned kernels."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}={value!r}: this version runs on one device; leave {name} out."
+            )
+
+
+def layer_sizes(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+    """Checks the sizes a layer is made with."""
+    _size("hidden_size", hidden)
+    _size("intermediate_size", intermediate)
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts={num_experts} is not in 1..{MAX_EXPERTS}.")
+    bound = min(MAX_TOP_K, num_experts)
+    if not 1 <= top_k <= bound:
+        raise ValueError(f"top_k={top_k} is not in 1..{bound} (E={num_experts}); lower top_k.")
+
+
+def router(kernel: Any, bias: Any, hidden: int, num_experts: int) -> None:
+    """Checks a router's given parameters."""
+    _array("router_kernel", kernel, 2, "float[H, E]")
+    _shape("router_kernel", kernel, (hidden, num_experts), "the experts are [E, .., H]")
+    if bias is not None:
+        _array("router_bias", bias, 1, "float[E]")
+        _shape("router_bias", bias, (num_experts,), "one bias per expert")
+
+
+def exact(name: str, inexact_groups: int) -> None:
+    """Refuses weights that were packed under jit and could not be exact."""
+    if inexact_groups:
+        raise ValueError(
+            f"{name}: {inexact_groups} scale groups were packed inexactly, need 0; pack the weights"
+            " outside jit to see which they are."
+        )

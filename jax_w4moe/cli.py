@@ -1,0 +1,65 @@
+"""The command line: ``python -m jax_w4moe demo | doctor``, also installed as ``jax-w4moe``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Mixture-of-Experts layers with 4-bit weights for JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_EXTRAS = {"flax": "flax", "orbax": "flax", "safetensors": "checkpoint"}
+
+
+def _fail(sentence: object) -> typer.Exit:
+    # soft_wrap: a sentence that is piped or searched for stays on one line.
+    Console(stderr=True).print(str(sentence), style="red", markup=False, soft_wrap=True)
+    return typer.Exit(code=1)
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A gpt-oss checkpoint in MXFP4; by default a small one is written."),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers to write (3), or to load at most (all)."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch.")] = 64,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to run.")] = 10,
+) -> None:
+    """Loads the MoE layers of a checkpoint, runs them, and compares them with float64."""
+    try:
+        # These need extras that the rest of the library does without.
+        from jax_w4moe import demo as program
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        raise _fail(
+            f"The demo needs {missing}, which is not installed; run"
+            " pip install 'jax_w4moe[flax,checkpoint]'."
+        ) from error
+    console = Console()
+    try:
+        result = program.run(
+            checkpoint, layers=layers, tokens=tokens, batches=batches, console=console
+        )
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        raise _fail(error) from error
+    console.print(program.table(result))
+
+
+@app.command()
+def doctor() -> None:
+    """Shows versions, devices and whether the kernels can run here; and if not, why."""
+    from jax_w4moe import doctor as program
+
+    Console().print(program.table())

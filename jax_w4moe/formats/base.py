@@ -1,0 +1,81 @@
+"""What a 4-bit weight format is, and the registry of the formats there are.
+
+A format knows codes and scales; it knows nothing of tiles, kernels or files. Adding one is a module
+beside this one (``docs/adding_a_format.md``).
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, Shaped, UInt8, UInt32
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat(abc.ABC):
+    """A way of storing a weight matrix [N, K] in 4-bit codes with one scale per group of K.
+
+    Attributes:
+      name: the format's name in files, errors and build reports.
+      group_size: how many neighbours along K share a scale.
+      scale_dtype: the dtype canonical scales are stored in.
+      k_order: how the digits of a logical k inside its 128-block are permuted for the tensor core
+        (see :mod:`jax_w4moe.formats.layout`).
+    """
+
+    name: str
+    group_size: int
+    scale_dtype: jnp.dtype
+    k_order: str
+
+    @abc.abstractmethod
+    def canonical_scales(self, scales: Shaped[Array, "*rest G"]) -> Shaped[Array, "*rest G"]:
+        """Scales in any accepted dtype -> ``scale_dtype``.
+
+        Raises:
+          TypeError: a dtype this format does not store.
+        """
+
+    @abc.abstractmethod
+    def quantize(
+        self, weights: Float32[Array, "*rest K"]
+    ) -> tuple[UInt8[Array, "*rest K"], Shaped[Array, "*rest G"]]:
+        """Float weights -> (codes in 0..15, canonical scales). K: a multiple of the group."""
+
+    @abc.abstractmethod
+    def dequantize(
+        self, codes: UInt8[Array, "*rest K"], scales: Shaped[Array, "*rest G"]
+    ) -> Float32[Array, "*rest K"]:
+        """Codes in 0..15 and canonical scales -> the exact weights in f32."""
+
+    @abc.abstractmethod
+    def scale_words(
+        self, codes: UInt8[Array, "*rest K"], scales: Shaped[Array, "*rest G"]
+    ) -> tuple[UInt32[Array, "*rest C"], Int32[Array, "*rest C"]]:
+        """One 32-bit scale word per 128 of K, and how many of its groups could not be exact."""
+
+    @abc.abstractmethod
+    def scales_from_words(self, words: UInt32[Array, "*rest C"]) -> Shaped[Array, "*rest G"]:
+        """The inverse of :meth:`scale_words`, up to the scales of all-zero groups."""
+
+    @abc.abstractmethod
+    def inexact_reason(self, scales: Sequence[float]) -> str:
+        """Why the groups of one (row, 128 of K) cannot be packed exactly, as part of a sentence."""
+
+    def __repr__(self) -> str:
+        return self.name.upper()
+
+
+_REGISTRY: dict[str, WeightFormat] = {}
+
+
+def register(weight_format: WeightFormat) -> WeightFormat:
+    """Makes a format known by name to files, tests and errors; returns it."""
+    _REGISTRY[weight_format.name] = weight_format
+    return weight_format
+
+
+def formats() -> tuple[WeightFormat, ...]:
+    """All registered formats, in order of registration."""
+    return tuple(_REGISTRY.values())

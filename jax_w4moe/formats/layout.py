@@ -1,0 +1,105 @@
+"""The packed layout: where every 4-bit code of a projection lies, for the kernels and for Python.
+
+A projection [E, N, K] is cut into records of 64 rows x 128 of K. A record is 4,352 bytes:
+
+    bytes    0..4095   codes in WGMMA A-fragment order: two planes of 128 threads x 16 bytes
+    bytes 4096..4351   one 32-bit scale word per row (the format's own), rows g and g+8 adjacent
+
+Records are stored [E, row_blocks, K_blocks, 4352]: the block axes stay visible, so a packed array
+is sharded like any other. ``docs/layout.md`` has the byte map with a picture.
+
+Digits used in the patterns below (radix in parentheses), most significant first:
+
+    row in a record  = (w s g)      w(4) warp, s(2) low or high half of its 16 rows, g(8) lane group
+    K in a K-block   = (p q h t b)  in hardware order: p(2) plane, q(2) instruction of the plane,
+                       h(2) half of the instruction's 32, t(4) lane of the quad, b(4) byte of a word
+
+Source of the fragment map: PTX ISA, "Register fragments for wgmma.mma_async.m64nNk32", matrix A.
+"""
+
+import einops
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt8, UInt32
+
+LAYOUT_VERSION = 1
+"""Version of the byte map: static in every packed array, and part of the FFI targets' names."""
+
+BLOCK_ROWS = 64
+BLOCK_K = 128
+CODE_BYTES = BLOCK_ROWS * BLOCK_K // 2
+SCALE_BYTES = BLOCK_ROWS * 4
+RECORD_BYTES = CODE_BYTES + SCALE_BYTES
+
+_RADIX = {"w": 4, "s": 2, "g": 8, "p": 2, "q": 2, "h": 2, "t": 4, "b": 4}
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def record_from_codes(
+    nibbles: UInt8[Array, "E N K"], scale_words: UInt32[Array, "E N C"], k_order: str
+) -> UInt8[Array, "E R C 4352"]:
+    """Lays out sign-magnitude codes and scale words as records.
+
+    Args:
+      nibbles: codes in 0..15, bit 3 the sign; N a multiple of 64, K of 128.
+      scale_words: one word per (row, K-block); C = K / 128.
+      k_order: the digits of a logical k inside its K-block, e.g. "t p q h b" (a format's trait).
+
+    Returns:
+      The records, row blocks R = N / 64.
+    """
+    by_word = einops.rearrange(
+        nibbles, f"e (r w s g) (c {k_order}) -> e r c p w g t q s h b", **_sizes("wsg" + k_order)
+    )
+    codes = einops.rearrange(_braid(by_word), "e r c p w g t q s byte -> e r c (p w g t q s byte)")
+    words = einops.rearrange(scale_words, "e (r w s g) c -> e r c (w g s)", **_sizes("wsg"))
+    scales = einops.rearrange(
+        jax.lax.bitcast_convert_type(words, jnp.uint8), "e r c word byte -> e r c (word byte)"
+    )
+    return jnp.concatenate([codes, scales], axis=-1)
+
+
+def codes_from_record(
+    records: UInt8[Array, "E R C 4352"], k_order: str
+) -> tuple[UInt8[Array, "E N K"], UInt32[Array, "E N C"]]:
+    """The inverse of :func:`record_from_codes`."""
+    codes = einops.rearrange(
+        records[..., :CODE_BYTES],
+        "e r c (p w g t q s byte) -> e r c p w g t q s byte",
+        **_sizes("pwgtqs"),
+    )
+    nibbles = einops.rearrange(
+        _unbraid(codes), f"e r c p w g t q s h b -> e (r w s g) (c {k_order})", **_sizes("wsg")
+    )
+    words = jax.lax.bitcast_convert_type(
+        einops.rearrange(records[..., CODE_BYTES:], "e r c (word byte) -> e r c word byte", byte=4),
+        jnp.uint32,
+    )
+    return nibbles, einops.rearrange(words, "e r c (w g s) -> e (r w s g) c", **_sizes("wgs"))
+
+
+def _sizes(digits: str) -> dict[str, int]:
+    return {digit: _RADIX[digit] for digit in digits.replace(" ", "")}
+
+
+def _braid(nibbles: UInt8[Array, "*rest 2 4"]) -> UInt8[Array, "*rest 4"]:
+    """Eight codes [half, byte] of one row -> the four bytes of their word.
+
+    A word holds eight 4-bit fields. The low three bits of field 4*half + byte are that code's
+    magnitude: the two halves of the word, masked, are PRMT selectors. The field's top bit is free
+    and carries a sign placed so that one mask yields four E4M3 sign bits: bit 8*byte + 7 is the
+    sign of (half 0, byte), bit 8*byte + 3 of (half 1, byte).
+    """
+    magnitude, sign = nibbles & 7, nibbles >> 3
+    pairs = magnitude.reshape(*magnitude.shape[:-2], 4, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4 | sign[..., 0, :] << 7 | sign[..., 1, :] << 3
+
+
+def _unbraid(word_bytes: UInt8[Array, "*rest 4"]) -> UInt8[Array, "*rest 2 4"]:
+    pairs = jnp.stack([word_bytes & 7, word_bytes >> 4 & 7], axis=-1)
+    sign = jnp.stack([word_bytes >> 7, word_bytes >> 3 & 1], axis=-2)
+    return pairs.reshape(sign.shape) | sign << 3

@@ -1,0 +1,293 @@
+"""The public ops: validate, choose the implementation, run."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jax_w4moe import checks, reference
+from jax_w4moe import implementation as implementations
+from jax_w4moe.activations import SwiGLU
+from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
+from jax_w4moe.quantization import PerToken, quantize_per_token
+from jax_w4moe.transforms import transformable
+from jax_w4moe.types import PackedExperts, PackedTensor
+
+_SWIGLU = SwiGLU()
+_PER_TOKEN = PerToken()
+
+
+def fused_moe(
+    x: Array,
+    experts: PackedExperts,
+    topk_ids: Array,
+    topk_weights: Array,
+    *,
+    activation: SwiGLU = _SWIGLU,
+    act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = _PER_TOKEN,
+    x_scale: Array | None = None,
+    expert_axis: str | None = None,
+    tensor_axis: str | None = None,
+    token_axes: Any = None,
+    mesh: Any = None,
+    exchange: Any = None,
+    implementation: str | None = None,
+    tactic: Any = None,
+) -> Array:
+    """A Mixture-of-Experts layer after its router, on packed 4-bit weights.
+
+    ``y[t] = sum over slots s of topk_weights[t, s] * mlp_e(x[t])`` with ``e = topk_ids[t, s]`` and
+    ``mlp_e(x) = w2[e] @ activation(w13[e] @ x + w13_bias[e]) + w2_bias[e]``. Matrix products and
+    the weighted sum accumulate in f32; the rounding points are listed in ``docs/numerics.md``. A
+    token's result does not depend on the other tokens.
+
+    Legal under jit, grad (to x and topk_weights, by the dequantised weights in f32) and vmap over
+    tokens. Nothing is dereferenced by an id outside [0, E): such a slot contributes zero. Duplicate
+    ids in a row, empty experts and T = 0 are legal.
+
+    Args:
+      x: bf16[T, H], or float8_e4m3fn[T, H] together with ``x_scale``.
+      experts: the packed weights of E experts (:func:`jax_w4moe.pack_experts`).
+      topk_ids: i32[T, k], 1 <= k <= min(32, E).
+      topk_weights: f32[T, k], applied after w2 and its bias.
+      activation: the gated activation between the projections.
+      act_dtype: what activations are rounded to before each projection: jnp.float8_e4m3fn, or
+        jnp.bfloat16 (no quantisation).
+      act_scale: the rule of the FP8 scales.
+      x_scale: f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``.
+      expert_axis, tensor_axis, token_axes, mesh, exchange: several devices; not in this version.
+      implementation: None (the kernels on a Hopper GPU, XLA elsewhere), "xla" or "cuda_sm90"; a
+        forced one never falls back.
+      tactic: a kernel's tile; not in this version.
+
+    Returns:
+      bf16[T, H].
+
+    Raises:
+      ValueError: shapes that do not fit, k out of range, another layout version.
+      TypeError: a dtype other than the above.
+      NotImplementedError: a legal request that this version does not run.
+      RuntimeError: the kernels cannot run here.
+    """
+    checks.unsharded(
+        expert_axis=expert_axis,
+        tensor_axis=tensor_axis,
+        token_axes=token_axes,
+        mesh=mesh,
+        exchange=exchange,
+        tactic=tactic,
+    )
+    checks.options(activation, act_dtype, act_scale)
+    checks.packed_experts(experts)
+    checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
+    checks.routes(x, topk_ids, topk_weights, experts.num_experts)
+    implementations.choose("fused_moe", implementation)
+    op = _fused_moe(activation, jnp.dtype(act_dtype))
+    return op(_Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights), experts)
+
+
+def expert_mlp(
+    rows: Array,
+    experts: PackedExperts,
+    group_sizes: Array,
+    *,
+    activation: SwiGLU = _SWIGLU,
+    act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = _PER_TOKEN,
+    x_scale: Array | None = None,
+    implementation: str | None = None,
+    tactic: Any = None,
+) -> Array:
+    """The experts of :func:`fused_moe` without routing and combine.
+
+    Args:
+      rows: bf16[M, H] grouped by expert, ``group_sizes[0]`` rows of expert 0 first; or the masked
+        layout bf16[E, M_max, H] of a low-latency dispatch, of whose expert e the first
+        ``group_sizes[e]`` rows count. Or float8_e4m3fn with ``x_scale``.
+      experts: the packed weights of E experts.
+      group_sizes: i32[E]; counts beyond the rows there are mean all rows there are.
+      activation, act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
+      x_scale: f32[], or f32 like rows with a last axis of 1.
+
+    Returns:
+      bf16, shaped like rows; rows of no group are zero.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`fused_moe`.
+    """
+    checks.unsharded(tactic=tactic)
+    checks.options(activation, act_dtype, act_scale)
+    checks.packed_experts(experts)
+    checks.rows(rows, experts.num_experts)
+    checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
+    checks.group_sizes(group_sizes, experts.num_experts)
+    implementations.choose("expert_mlp", implementation)
+    op = _expert_mlp(activation, jnp.dtype(act_dtype))
+    return op(_Rows(rows, _per_row(rows, x_scale)), (experts, group_sizes))
+
+
+def grouped_matmul(
+    lhs: Array,
+    rhs: PackedTensor,
+    group_sizes: Array,
+    *,
+    act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = _PER_TOKEN,
+    x_scale: Array | None = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+    tactic: Any = None,
+) -> Array:
+    """Groups of rows times their expert's packed matrix; shaped like ``jax.lax.ragged_dot``.
+
+    Args:
+      lhs: bf16[M, K] grouped by expert, or float8_e4m3fn with ``x_scale``.
+      rhs: one packed projection [E, N, K] (:func:`jax_w4moe.pack`, or ``experts.w13``).
+      group_sizes: i32[E]; rows past their sum give zero.
+      act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
+      x_scale: f32[] or f32[M, 1].
+      preferred_element_type: of the result, jnp.bfloat16 (default) or jnp.float32.
+
+    Returns:
+      [M, N], columns in the canonical order of the projection's rows. Accumulated in f32.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`fused_moe`.
+    """
+    checks.unsharded(tactic=tactic)
+    checks.options(_SWIGLU, act_dtype, act_scale)
+    checks.packed("rhs", rhs)
+    checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
+    checks.group_sizes(group_sizes, rhs.shape[0])
+    out_dtype = checks.element_type(preferred_element_type)
+    implementations.choose("grouped_matmul", implementation)
+    op = _grouped_matmul(jnp.dtype(act_dtype), out_dtype)
+    return op(_Rows(lhs, _per_row(lhs, x_scale)), (rhs, group_sizes))
+
+
+def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
+    """Quantises rows to FP8, saturating, one f32 scale per row.
+
+    ``x_scale = amax * f32(1/448)`` with amax the row's largest magnitude (at least 2**-100), and
+    ``x_fp8 = e4m3(x * (448 / amax))``, rounded to nearest even. A NaN or infinity makes its row
+    NaN, and no other. The kernel and the XLA path agree bit for bit.
+
+    Args:
+      x: bf16[T, H].
+      implementation: None, "xla" or "cuda_sm90", as in :func:`fused_moe`.
+
+    Returns:
+      (x_fp8 float8_e4m3fn[T, H], x_scale f32[T, 1]).
+
+    Raises:
+      ValueError: x is not of rank 2, or the implementation is unknown.
+      TypeError: x is not bfloat16.
+      NotImplementedError: under differentiation.
+      RuntimeError: the kernels cannot run here.
+    """
+    checks.quantizable(x)
+    choice = implementations.choose("quantize_fp8", implementation)
+    return _quantize_fp8(choice)(_Row(x), ())
+
+
+class _Tokens(NamedTuple):
+    x: Array
+    x_scale: Array | None
+    topk_ids: Array
+    topk_weights: Array
+
+
+class _Rows(NamedTuple):
+    rows: Array
+    x_scale: Array | None
+
+
+class _Row(NamedTuple):
+    x: Array
+
+
+def _per_row(x: Array, x_scale: Array | None) -> Array | None:
+    """One scale per row, so that a batch axis can be folded into rows."""
+    if x_scale is None or x_scale.ndim:
+        return x_scale
+    return jnp.broadcast_to(x_scale, (*x.shape[:-1], 1))
+
+
+@functools.cache
+def _fused_moe(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+    def run(tokens: _Tokens, experts: PackedExperts) -> Array:
+        return reference.fused_moe(
+            tokens.x,
+            experts,
+            tokens.topk_ids,
+            tokens.topk_weights,
+            x_scale=tokens.x_scale,
+            activation=activation,
+            act_dtype=act_dtype,
+            mode="mirrored",
+        )
+
+    def backward(tokens: _Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
+        x, x_scale, ids, weights = tokens
+        dx, dweights = reference.fused_moe_gradients(
+            x, experts, ids, weights, x_scale, cotangent, activation
+        )
+        return {"x": dx.astype(x.dtype), "topk_weights": dweights}
+
+    return transformable(
+        "fused_moe",
+        run,
+        backward=backward,
+        differentiable=("x", "topk_weights"),
+        foldable=True,
+    )
+
+
+@functools.cache
+def _expert_mlp(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+    def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
+        return reference.expert_mlp(
+            tokens.rows,
+            *fixed,
+            x_scale=tokens.x_scale,
+            activation=activation,
+            act_dtype=act_dtype,
+            mode="mirrored",
+        )
+
+    def backward(
+        tokens: _Rows, fixed: tuple[PackedExperts, Array], cotangent: Array
+    ) -> dict[str, Array]:
+        gradient = reference.expert_mlp_gradient(
+            tokens.rows, *fixed, tokens.x_scale, cotangent, activation
+        )
+        return {"rows": gradient.astype(tokens.rows.dtype)}
+
+    return transformable("expert_mlp", run, backward=backward, differentiable=("rows",))
+
+
+@functools.cache
+def _grouped_matmul(act_dtype: jnp.dtype, out_dtype: jnp.dtype) -> Any:
+    def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
+        out = reference.grouped_matmul(
+            tokens.rows, *fixed, x_scale=tokens.x_scale, act_dtype=act_dtype, mode="mirrored"
+        )
+        return out.astype(out_dtype)
+
+    def backward(
+        tokens: _Rows, fixed: tuple[PackedTensor, Array], cotangent: Array
+    ) -> dict[str, Array]:
+        gradient = reference.grouped_matmul_gradient(*fixed, cotangent)
+        return {"rows": gradient.astype(tokens.rows.dtype)}
+
+    return transformable("grouped_matmul", run, backward=backward, differentiable=("rows",))
+
+
+@functools.cache
+def _quantize_fp8(choice: implementations.Choice) -> Any:
+    def run(tokens: _Row, _: tuple[()]) -> tuple[Array, Array]:
+        return implementations.run(choice, quantize_fp8_cuda, quantize_per_token, tokens.x)
+
+    return transformable("quantize_fp8", run, foldable=True)

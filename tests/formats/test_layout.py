@@ -1,0 +1,142 @@
+"""The packed bytes land where a kernel's threads read them: a numpy model of the WGMMA operand.
+
+Nothing here uses the packer's own index arithmetic. The model reads a record as a thread does (two
+16-byte loads, one 8-byte load), decodes as a thread does (mask, PRMT, shifts, signs), and puts the
+four bytes of each register where PTX says that matrix A of wgmma.m64nNk32 has them.
+"""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_w4moe as w4
+from jax_w4moe.formats import formats
+from jax_w4moe.formats.layout import RECORD_BYTES
+from tests.helpers import data
+from tests.helpers.oracle import E2M1, dequantize_mxfp4
+
+
+def _prmt(table: bytes, selector: int) -> bytes:
+    """PTX prmt.b32 in its default mode for selectors without the sign bit: four table look-ups."""
+    return bytes(table[selector >> 4 * i & 7] for i in range(4))
+
+
+def _table(index: int) -> bytes:
+    """The kernel's 8-byte table of a group: E4M3 of the eight magnitudes times 2**(index - 9)."""
+    values = E2M1[:8] * 2.0 ** (index - 9) if index else np.zeros(8)
+    return values.astype(ml_dtypes.float8_e4m3fn).tobytes()
+
+
+def _registers(record: bytes, thread: int) -> tuple[np.ndarray, list[float]]:
+    """What thread 0..127 of a warpgroup holds: A registers [4 instructions, 4 registers, 4 bytes]
+    as E4M3 bytes, and the f32 scales of its rows g and g + 8."""
+    warp, lane = divmod(thread, 32)
+    group, quad = divmod(lane, 4)
+    words = np.frombuffer(record, np.uint32)
+    plane0 = words[thread * 4 : thread * 4 + 4]
+    plane1 = words[(2048 + thread * 16) // 4 :][:4]
+    codes = [int(c) for c in (*plane0, *plane1)]
+    scale_words = [int(w) for w in words[(4096 + (8 * warp + group) * 8) // 4 :][:2]]
+    registers = np.zeros((4, 4, 4), np.uint8)
+    for instruction in range(4):
+        for high in range(2):
+            code = codes[2 * instruction + high]
+            table = _table((scale_words[high] >> 4 * quad & 0x78) // 8)
+            select = code & 0x77777777
+            first = np.frombuffer(_prmt(table, select), np.uint32) | np.uint32(code & 0x80808080)
+            second = np.frombuffer(_prmt(table, select >> 16), np.uint32) | np.uint32(
+                code << 4 & 0x80808080
+            )
+            registers[instruction, high] = first.view(np.uint8)
+            registers[instruction, 2 + high] = second.view(np.uint8)
+    return registers, [np.uint32(w & 0x7F800000).view(np.float32) for w in scale_words]
+
+
+def _matrix_a(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The 64 x 128 operand in hardware K order, and the 64 row scales."""
+    matrix, scales = np.full((64, 128), np.nan), np.full(64, np.nan)
+    for thread in range(128):
+        registers, row_scales = _registers(record, thread)
+        values = registers.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        warp, lane = divmod(thread, 32)
+        group, quad = divmod(lane, 4)
+        for instruction in range(4):
+            for register in range(4):
+                # PTX: row = group + 8 for odd registers, column = 4 * quad + byte + 16 from 2 on.
+                row = 16 * warp + group + 8 * (register % 2)
+                column = 32 * instruction + 4 * quad + 16 * (register // 2)
+                matrix[row, column : column + 4] = values[instruction, register]
+        scales[16 * warp + group], scales[16 * warp + group + 8] = row_scales
+    return matrix, scales
+
+
+def _logical_k() -> np.ndarray:
+    """Hardware position (instruction j, half h, quad lane t, byte b) -> 32t + 8j + 4h + b."""
+    position = np.arange(128)
+    j, h, t, b = position // 32, position // 16 % 2, position // 4 % 4, position % 4
+    return 32 * t + 8 * j + 4 * h + b
+
+
+def test_every_thread_decodes_its_fragment(rng: np.random.Generator) -> None:
+    q = data.quantized(rng, (2, 128, 256), low=100, high=115)
+    expected = dequantize_mxfp4(np.asarray(q.codes), np.asarray(q.scales))
+    records = np.asarray(w4.pack(q).data)
+    assert records.shape == (2, 2, 2, RECORD_BYTES)
+    for expert, block, k_block in np.ndindex(2, 2, 2):
+        matrix, scales = _matrix_a(records[expert, block, k_block].tobytes())
+        logical = np.empty_like(matrix)
+        logical[:, _logical_k()] = matrix * scales[:, None]
+        part = expected[expert, 64 * block : 64 * block + 64, 128 * k_block : 128 * k_block + 128]
+        np.testing.assert_array_equal(logical, part)
+
+
+def test_one_thread_meets_one_scale_group_per_row() -> None:
+    """The reason for the K order: all 32 codes a thread has of a row share a scale."""
+    group_of_position = _logical_k() // 32
+    quad_of_position = np.arange(128) // 4 % 4
+    assert (group_of_position == quad_of_position).all()
+
+
+def test_gate_and_up_meet_in_one_thread(rng: np.random.Generator) -> None:
+    """Rows g and g + 8 of a warp are gate j and up j: the activation needs no shuffle."""
+    intermediate = 160  # pads to 256
+    q = data.quantized(rng, (1, 2 * intermediate, 128))
+    expected = dequantize_mxfp4(np.asarray(q.codes), np.asarray(q.scales))[0]
+    records = np.asarray(w4.pack(q, row_order="gate_up").data)[0]
+    assert records.shape[:2] == (8, 1)
+    for block in range(8):
+        matrix, scales = _matrix_a(records[block, 0].tobytes())
+        logical = np.empty_like(matrix)
+        logical[:, _logical_k()] = matrix * scales[:, None]
+        for warp, group in np.ndindex(4, 8):
+            j = 32 * block + 8 * warp + group
+            gate, up = logical[16 * warp + group], logical[16 * warp + group + 8]
+            if j < intermediate:
+                np.testing.assert_array_equal(gate, expected[j])
+                np.testing.assert_array_equal(up, expected[intermediate + j])
+            else:
+                assert not gate.any() and not up.any()
+
+
+def test_loads_are_free_of_bank_conflicts() -> None:
+    """A quarter-warp's 16-byte loads, and a warp's 8-byte ones, touch each of 32 banks once."""
+    for quarter in range(4):
+        lanes = range(8 * quarter, 8 * quarter + 8)
+        banks = [(lane * 16 // 4 + word) % 32 for lane in lanes for word in range(4)]
+        assert sorted(banks) == list(range(32))
+    for warp in range(4):
+        addresses = {4096 + (8 * warp + lane // 4) * 8 for lane in range(32)}
+        banks = [(a // 4 + word) % 32 for a in addresses for word in range(2)]
+        assert len(banks) == len(set(banks)) == 16
+
+
+@pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
+def test_a_record_of_zero_bytes_is_a_record_of_zero_weights(format: w4.WeightFormat) -> None:
+    """So that padding and sharding may append zeros."""
+    q = w4.QuantizedTensor(
+        jnp.zeros((1, 64, 64), jnp.uint8),
+        jnp.full((1, 64, 128 // format.group_size), 127, format.scale_dtype),
+        format,
+    )
+    assert not np.asarray(w4.pack(q).data).any()

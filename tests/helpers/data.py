@@ -1,0 +1,70 @@
+"""Random weights, activations and routings, hostile ones included."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_w4moe import ExpertWeights, QuantizedTensor, WeightFormat, formats
+
+
+def quantized(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    format: WeightFormat = formats.MXFP4,
+    low: int = 117,
+    high: int = 123,
+) -> QuantizedTensor:
+    """Every code, every scale of a moderate range: about 0.01 to 0.1 in magnitude."""
+    num_experts, rows, columns = shape
+    codes = rng.integers(0, 256, (num_experts, rows, columns // 2), dtype=np.uint8)
+    scales = rng.integers(low, high, (num_experts, rows, columns // format.group_size))
+    scales = jnp.asarray(scales.astype(np.uint8)).astype(format.scale_dtype)
+    return QuantizedTensor(jnp.asarray(codes), scales, format)
+
+
+def expert_weights(
+    rng: np.random.Generator,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    bias: bool = False,
+    format: WeightFormat = formats.MXFP4,
+) -> ExpertWeights:
+    """Canonical weights of a whole layer; scales kept so that outputs are of order one."""
+    w13 = quantized(rng, (num_experts, 2 * intermediate, hidden), format)
+    w2 = quantized(rng, (num_experts, hidden, intermediate), format)
+    if not bias:
+        return ExpertWeights(w13, w2)
+    biases = [rng.standard_normal((num_experts, n)) for n in (2 * intermediate, hidden)]
+    w13_bias, w2_bias = (jnp.asarray(b, jnp.bfloat16) for b in biases)
+    return ExpertWeights(w13, w2, w13_bias, w2_bias)
+
+
+def tokens(rng: np.random.Generator, *shape: int) -> jnp.ndarray:
+    """Gaussian bf16."""
+    return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+
+ROUTINGS = ("random", "duplicates", "one_expert", "outside", "no_expert", "sparse")
+
+
+def routing(
+    rng: np.random.Generator, kind: str, num_tokens: int, num_experts: int, k: int
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """topk_ids i32[T, k] and topk_weights f32[T, k] of one of ``ROUTINGS``."""
+    shape = (num_tokens, k)
+    if kind == "random":
+        order = rng.permuted(np.tile(np.arange(num_experts), (num_tokens, 1)), axis=1)
+        ids = order[:, :k]
+    elif kind == "duplicates":
+        ids = rng.integers(0, num_experts, shape)
+    elif kind == "one_expert":
+        ids = np.full(shape, num_experts - 1)
+    elif kind == "outside":
+        ids = rng.choice([-(2**31), -1, 0, num_experts - 1, num_experts, 2**31 - 1], shape)
+    elif kind == "no_expert":
+        ids = np.full(shape, -1)
+    else:
+        ids = rng.choice([0, num_experts - 1], shape)
+    weights = rng.uniform(0.1, 1, shape)
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(weights, jnp.float32)

@@ -1,0 +1,61 @@
+"""An MoE layer in float64 numpy, from the formulas alone: no code shared with the package.
+
+Codes are decoded with ml_dtypes, weights are used one token and slot at a time.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from jax_w4moe import SwiGLU
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def dequantize_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """u8[..., K/2] codes and u8[..., K/32] E8M0 bytes -> float64[..., K]."""
+    nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    exponents = np.repeat(scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64), 32, axis=-1)
+    return E2M1[nibbles] * exponents
+
+
+def moe(
+    x: np.ndarray,
+    w13: np.ndarray,
+    w2: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+    activation: SwiGLU,
+    w13_bias: np.ndarray | None = None,
+    w2_bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """[T, H] float64 from dequantised [E, 2I, H] and [E, H, I]."""
+    y = np.zeros(x.shape, np.float64)
+    for token in range(x.shape[0]):
+        for slot in range(topk_ids.shape[1]):
+            expert = topk_ids[token, slot]
+            if 0 <= expert < w13.shape[0]:
+                row = mlp(x[token], expert, w13, w2, activation, w13_bias, w2_bias)
+                y[token] += topk_weights[token, slot] * row
+    return y
+
+
+def mlp(
+    x: np.ndarray,
+    expert: int,
+    w13: np.ndarray,
+    w2: np.ndarray,
+    activation: SwiGLU,
+    w13_bias: np.ndarray | None = None,
+    w2_bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """One expert on rows [..., H]."""
+    gate_up = x.astype(np.float64) @ w13[expert].T
+    if w13_bias is not None:
+        gate_up = gate_up + w13_bias[expert]
+    gate, up = np.split(gate_up, 2, axis=-1)
+    if activation.limit is not None:
+        gate = np.minimum(gate, activation.limit)
+        up = np.clip(up, -activation.limit, activation.limit)
+    hidden = gate / (1 + np.exp(-activation.alpha * gate)) * (up + activation.beta)
+    out = hidden @ w2[expert].T
+    return out if w2_bias is None else out + w2_bias[expert]

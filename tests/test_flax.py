@@ -1,0 +1,172 @@
+"""The NNX layer: values, what gradients and optimisers see, splitting, and saving."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_w4moe as w4
+from tests.helpers import data
+from tests.helpers.compare import assert_bitwise
+
+nnx = pytest.importorskip("flax.nnx", reason="needs the extra [flax]")
+from jax_w4moe import flax as w4flax  # noqa: E402
+
+E, H, I, K = 5, 96, 64, 3  # noqa: E741
+
+
+def _layer(seed: int = 0, **options: Any) -> w4flax.FusedMoE:
+    options = {"use_router_bias": True, "use_expert_bias": True, **options}
+    return w4flax.FusedMoE(H, I, num_experts=E, top_k=K, rngs=nnx.Rngs(seed), **options)
+
+
+@pytest.fixture
+def x(rng: np.random.Generator) -> jax.Array:
+    """[2, 7, H] bf16."""
+    return data.tokens(rng, 2, 7, H)
+
+
+def test_layer_is_router_plus_fused_moe(x: jax.Array) -> None:
+    activation = w4.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+    layer = _layer(activation=activation, scoring="topk_softmax", routed_scale=2.5)
+    flat = x.reshape(-1, H)
+    logits = flat.astype(jnp.float32) @ layer.router.kernel[...]
+    logits = logits + jnp.broadcast_to(layer.router.bias[...], logits.shape)
+    ids, weights = w4.topk_routing(logits, K, scoring="topk_softmax", scale=2.5)
+    expected = w4.fused_moe(flat, layer.experts, ids, weights, activation=activation)
+    y = layer(x)
+    assert y.shape == x.shape and y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(expected.reshape(x.shape), np.float32), rtol=1e-2
+    )
+    assert layer(x[0, 0]).shape == (H,)
+    assert _layer(dtype=jnp.float32)(x).dtype == jnp.float32
+
+
+def test_random_weights_are_of_the_initialiser(x: jax.Array) -> None:
+    layer = _layer(kernel_init=lambda key, shape, dtype: jnp.full(shape, 0.75, dtype))
+    for kernel in w4.dequantize_experts(w4.unpack_experts(layer.experts)):
+        assert (np.asarray(kernel) == 0.75).all()
+    kernels = w4.dequantize_experts(w4.unpack_experts(_layer().experts))
+    assert len({float(kernel[e].sum()) for kernel in kernels for e in range(E)}) == 3 * E
+    assert np.std(np.asarray(kernels[0])) == pytest.approx(H**-0.5, rel=0.1)
+
+
+def test_jit_split_and_merge(x: jax.Array) -> None:
+    layer = _layer()
+    expected = layer(x)
+    assert_bitwise(nnx.jit(lambda m, x: m(x))(layer, x), expected)
+    assert_bitwise(jax.jit(lambda m, x: m(x))(layer, x), expected)
+    graphdef, params, packed = nnx.split(layer, nnx.Param, w4flax.PackedWeight)
+    assert set(params) == {"router"}
+    assert set(packed) >= {"w13", "w2", "w13_bias", "w2_bias", "layout_version"}
+    call = jax.jit(lambda p, q, x: nnx.merge(graphdef, p, q)(x))
+    assert_bitwise(call(params, packed, x), expected)
+
+
+def test_gradients_and_optimisers_skip_packed_weights(x: jax.Array) -> None:
+    optax = pytest.importorskip("optax")
+    layer = _layer()
+    before = jax.tree.map(np.asarray, layer.experts)
+
+    def loss(layer: w4flax.FusedMoE) -> jax.Array:
+        return jnp.sum(layer(x).astype(jnp.float32) ** 2)
+
+    gradients = nnx.jit(nnx.grad(loss))(layer)
+    assert set(gradients) == {"router"}
+    assert np.abs(np.asarray(gradients["router"]["kernel"][...])).sum() > 0
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+    kernel = np.asarray(layer.router.kernel[...])
+    optimizer.update(layer, gradients)
+    assert (np.asarray(layer.router.kernel[...]) != kernel).any()
+    jax.tree.map(assert_bitwise, layer.experts, before)
+
+
+def test_from_kernels_and_from_experts_agree(rng: np.random.Generator, x: jax.Array) -> None:
+    shapes = ((E, I, H), (E, I, H), (E, H, I))
+    kernels = [jnp.asarray(rng.standard_normal(s) * 0.1, jnp.bfloat16) for s in shapes]
+    options = {
+        "top_k": K,
+        "router_kernel": jnp.asarray(rng.standard_normal((H, E)), jnp.float32),
+        "router_bias": jnp.asarray(rng.standard_normal(E), jnp.float32),
+    }
+    layer = w4flax.FusedMoE.from_kernels(*kernels, **options)
+    canonical = w4.quantize_experts(*kernels)
+    for experts in (canonical, w4.pack_experts(canonical)):
+        other = w4flax.FusedMoE.from_experts(experts, **options)
+        assert_bitwise(other(x), layer(x))
+    assert_bitwise(layer.router.bias[...], options["router_bias"])
+
+
+def test_save_and_restore(tmp_path: pathlib.Path, x: jax.Array) -> None:
+    layer = _layer()
+    w4flax.save(tmp_path / "layer", layer)
+    other = _layer(seed=1)
+    assert (np.asarray(other(x)) != np.asarray(layer(x))).any()
+    w4flax.restore(tmp_path / "layer", other)
+    assert_bitwise(other(x), layer(x))
+    abstract = nnx.eval_shape(_layer)
+    w4flax.restore(tmp_path / "layer", abstract)
+    assert_bitwise(abstract(x), layer(x))
+
+
+def test_restore_refuses_another_layout_version(tmp_path: pathlib.Path, x: jax.Array) -> None:
+    old, layer = _layer(), _layer(seed=1)
+    expected = layer(x)
+    old.layout_version.set_value(jnp.int32(7))
+    w4flax.save(tmp_path / "old", old)
+    sentence = "FusedMoE: packed with layout version 7, this library reads version 1; pack the"
+    with pytest.raises(ValueError, match=sentence):
+        w4flax.restore(tmp_path / "old", layer)
+    assert_bitwise(layer(x), expected)  # left as it was
+    with pytest.raises(ValueError, match=sentence):
+        old(x)
+
+
+def test_restore_refuses_inexact_weights(tmp_path: pathlib.Path) -> None:
+    layer = _layer()
+    layer.inexact_groups.set_value(layer.inexact_groups[...].at[0, 2].set(3))
+    w4flax.save(tmp_path / "inexact", layer)
+    with pytest.raises(ValueError, match="3 scale groups were packed inexactly, need 0; pack"):
+        w4flax.restore(tmp_path / "inexact", _layer())
+
+
+def test_layers_inside_a_model_are_restored_and_checked(
+    tmp_path: pathlib.Path, x: jax.Array
+) -> None:
+    class Model(nnx.Module):
+        def __init__(self, seed: int) -> None:
+            self.blocks = nnx.List([_layer(seed), _layer(seed + 1)])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model, other = Model(0), Model(2)
+    w4flax.save(tmp_path / "model", model)
+    w4flax.restore(tmp_path / "model", other)
+    assert_bitwise(other(x), model(x))
+    model.blocks[1].layout_version.set_value(jnp.int32(7))
+    w4flax.save(tmp_path / "old", model)
+    with pytest.raises(ValueError, match="layout version 7"):
+        w4flax.restore(tmp_path / "old", other)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="hidden_size=100 is not a positive multiple of 32"):
+        w4flax.FusedMoE(100, I, num_experts=E, top_k=K, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"top_k=6 is not in 1\.\.5 \(E=5\); lower top_k"):
+        w4flax.FusedMoE(H, I, num_experts=E, top_k=6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"num_experts=2000 is not in 1\.\.1024"):
+        w4flax.FusedMoE(H, I, num_experts=2000, top_k=6, rngs=nnx.Rngs(0))
+    experts = _layer().experts
+    with pytest.raises(ValueError, match=r"router_kernel: shape \(5, 96\), need \(96, 5\)"):
+        w4flax.FusedMoE.from_experts(experts, top_k=K, router_kernel=jnp.zeros((E, H)))
+    with pytest.raises(ValueError, match=r"router_bias: shape \(6,\), need \(5,\)"):
+        w4flax.FusedMoE.from_experts(
+            experts, top_k=K, router_kernel=jnp.zeros((H, E)), router_bias=jnp.zeros(6)
+        )

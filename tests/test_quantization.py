@@ -1,0 +1,77 @@
+"""The FP8 rule against ml_dtypes, and the public op around it."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_w4moe as w4
+from jax_w4moe.quantization import quantize_per_token
+from tests.helpers import data
+from tests.helpers.compare import assert_bitwise
+
+
+def _numpy_rule(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The documented rule, one f32 operation at a time."""
+    values = x.astype(np.float32)
+    floor = np.float32(2.0**-100)
+    amax = np.maximum(np.abs(values).max(axis=-1, keepdims=True, initial=0), floor)
+    inverse = np.float32(448) / amax
+    scaled = np.clip(values * inverse, np.float32(-448), np.float32(448))
+    return scaled.astype(ml_dtypes.float8_e4m3fn), amax * (np.float32(1) / np.float32(448))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 96), (2, 2880), (64, 256), (0, 32), (3, 0)])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 3e4, 2.0**-120])
+def test_rule_bit_for_bit(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> None:
+    x = (rng.standard_normal(shape) * scale).astype(ml_dtypes.bfloat16)
+    x_fp8, x_scale = w4.quantize_fp8(jnp.asarray(x))
+    expected_fp8, expected_scale = _numpy_rule(x)
+    assert_bitwise(x_fp8, expected_fp8)
+    assert_bitwise(x_scale, expected_scale)
+    assert x_scale.shape == (shape[0], 1)
+
+
+def test_error_is_that_of_e4m3(rng: np.random.Generator) -> None:
+    x = data.tokens(rng, 64, 512)
+    x_fp8, x_scale = w4.quantize_fp8(x)
+    restored = np.asarray(x_fp8).astype(np.float64) * np.asarray(x_scale)
+    expected = np.asarray(x).astype(np.float64)
+    assert np.sqrt(((restored - expected) ** 2).sum() / (expected**2).sum()) < 0.03
+
+
+def test_special_rows_touch_only_themselves() -> None:
+    x = np.ones((5, 64), ml_dtypes.bfloat16)
+    x[1, 3], x[2, 5], x[3] = np.nan, np.inf, 0
+    x_fp8, x_scale = w4.quantize_fp8(jnp.asarray(x))
+    values = np.asarray(x_fp8).astype(np.float32)
+    assert np.isnan(values[1]).all() and np.isnan(np.asarray(x_scale)[1]).all()
+    assert np.isnan(values[2, 5]) and np.isinf(np.asarray(x_scale)[2]).all()
+    assert not values[3].any() and np.isfinite(np.asarray(x_scale)[3]).all()
+    assert (values[[0, 4]] == 448).all()
+
+
+def test_jit_and_vmap_agree(rng: np.random.Generator) -> None:
+    x = data.tokens(rng, 3, 4, 96)
+    rows = w4.quantize_fp8(x.reshape(12, 96))
+    for batched in (jax.vmap(w4.quantize_fp8)(x), jax.jit(jax.vmap(w4.quantize_fp8))(x)):
+        for actual, expected in zip(batched, rows, strict=True):
+            assert_bitwise(actual.reshape(12, -1), expected)
+
+
+def test_rows_do_not_depend_on_each_other(rng: np.random.Generator) -> None:
+    x = data.tokens(rng, 65, 288)
+    together = quantize_per_token(x)
+    for row in range(0, 65, 8):
+        for a, b in zip(quantize_per_token(x[row : row + 1]), together, strict=True):
+            assert_bitwise(a, b[row : row + 1])
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="x: dtype float32, need bfloat16; use x.astype"):
+        w4.quantize_fp8(jnp.ones((2, 32)))
+    with pytest.raises(ValueError, match=r"x: shape \(32,\) has rank 1, need bf16\[T, H\]"):
+        w4.quantize_fp8(jnp.ones(32, jnp.bfloat16))
+    with pytest.raises(NotImplementedError, match="quantize_fp8: no gradient to x"):
+        jax.grad(lambda x: w4.quantize_fp8(x)[1].sum())(jnp.ones((2, 32), jnp.bfloat16))
