@@ -17,6 +17,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
+# loadgroup: tests that share compilations stay in one process.
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadgroup
 # -qq: errors only.
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
@@ -40,10 +42,10 @@ demo: $(INSTALLED) $(STAMPS)/extra-flax $(STAMPS)/extra-checkpoint
 	$(PY) -m jax_w4moe demo
 
 test: $(INSTALLED) $(STAMPS)/extra-test
-	$(PY) -m pytest -q -n 2 tests
+	$(PYTEST) tests
 
 test-all: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-judge
-	$(PY) -m pytest -q -n 2 tests
+	$(PYTEST) tests
 
 test-judge: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-judge
 	$(PY) -m pytest -q -m judge tests/judge

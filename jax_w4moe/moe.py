@@ -171,8 +171,9 @@ def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array,
     """Quantises rows to FP8, saturating, one f32 scale per row.
 
     ``x_scale = amax * f32(1/448)`` with amax the row's largest magnitude (at least 2**-100), and
-    ``x_fp8 = e4m3(x * (448 / amax))``, rounded to nearest even. A NaN or infinity makes its row
-    NaN, and no other. The kernel and the XLA path agree bit for bit.
+    ``x_fp8 = e4m3(x * (448 / amax))``, rounded to nearest even. A NaN makes its row NaN; an
+    infinity makes itself NaN and the rest of its row zero, with an infinite scale; no other row is
+    touched. The kernel and the XLA path agree bit for bit.
 
     Args:
       x: bf16[T, H].

@@ -4,11 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32
+import numpy as np
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-100
 """A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
+
+# 7 / m for the 128 mantissas 1 <= m < 2 of bf16, correctly rounded; 448 is 7 * 2**6.
+_SEVEN_OVER_MANTISSA = (7 / (1 + np.arange(128) / 128)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +21,14 @@ class PerToken:
 
 
 def quantize_per_token(
-    x: Float[Array, "*rows H"],
+    x: BFloat16[Array, "*rows H"],
 ) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """Quantises rows to E4M3, saturating, one scale per row.
 
     ``x_scale = amax * f32(1/448)`` and ``x_fp8 = e4m3(x * (448 / amax))``, each operation rounded
     once in f32, then to nearest even in E4M3. The row's amax is an integer maximum of the bits of
-    ``|x|``: independent of order, and NaN wins. A NaN anywhere makes its whole row NaN.
+    ``|x|``: independent of order, and NaN wins. A NaN makes its row NaN; an infinity makes itself
+    NaN and the rest of its row zero, with an infinite scale.
 
     Args:
       x: rows to quantise; H may be 0.
@@ -36,6 +41,15 @@ def quantize_per_token(
     smallest = jnp.float32(SMALLEST_AMAX).view(jnp.int32)
     amax_bits = jnp.max(bits, axis=-1, keepdims=True, initial=smallest)
     amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
-    scaled = values * (jnp.float32(E4M3_MAX) / amax)
+    scaled = values * _inverse(amax_bits)
     x_fp8 = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return x_fp8, amax * jnp.float32(1.0 / E4M3_MAX)
+
+
+def _inverse(amax_bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """448 / amax of a bf16 value, correctly rounded everywhere: XLA's division is not, on GPUs."""
+    quotient = jnp.asarray(_SEVEN_OVER_MANTISSA)[amax_bits >> 16 & 127]
+    exponent = amax_bits >> 23
+    power = jax.lax.bitcast_convert_type((260 - exponent) << 23, jnp.float32)  # 2**6 / 2**exponent
+    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
+    return jnp.where(exponent == 255, E4M3_MAX / amax, quotient * power)  # of inf: 0, of NaN: NaN

@@ -124,10 +124,15 @@ def test_export_checks_name_every_target() -> None:
 
 
 def assert_same_as_reference(x: np.ndarray) -> None:
-    """Bitwise, on the CPU, except that a NaN may differ in its sign and payload."""
-    got_fp8, got_scale = map(np.asarray, jax.jit(quantize_fp8_cuda)(x))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        want_fp8, want_scale = map(np.asarray, jax.jit(quantize_per_token)(x))
+    """Bitwise the same as XLA on the CPU and on the GPU, but for the sign and payload of a NaN."""
+    got = list(map(np.asarray, jax.jit(quantize_fp8_cuda)(x)))
+    for backend in ("cpu", "cuda"):
+        with jax.default_device(jax.local_devices(backend=backend)[0]):
+            _assert_same(got, list(map(np.asarray, jax.jit(quantize_per_token)(x))))
+
+
+def _assert_same(got_pair: list[np.ndarray], want_pair: list[np.ndarray]) -> None:
+    (got_fp8, got_scale), (want_fp8, want_scale) = got_pair, want_pair
     assert got_fp8.dtype == want_fp8.dtype and got_scale.shape == want_scale.shape
     for got, want, bits in ((got_fp8, want_fp8, np.uint8), (got_scale, want_scale, np.uint32)):
         is_nan = np.isnan(want.astype(np.float32))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jax_w4moe as w4
+from jax_w4moe import quantization
 from jax_w4moe.quantization import quantize_per_token
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise
@@ -31,6 +32,14 @@ def test_rule_bit_for_bit(rng: np.random.Generator, shape: tuple[int, int], scal
     assert_bitwise(x_fp8, expected_fp8)
     assert_bitwise(x_scale, expected_scale)
     assert x_scale.shape == (shape[0], 1)
+
+
+def test_inverse_is_the_correctly_rounded_division() -> None:
+    """For every bf16 from the smallest amax on, infinity and NaN included."""
+    values = np.append(np.arange(27 << 7, 0x7F80 + 1), 0x7FC0).astype(np.uint16)
+    amax = (values.astype(np.uint32) << 16).view(np.float32)
+    actual = np.asarray(quantization._inverse(jnp.asarray(amax.view(np.int32))))
+    np.testing.assert_array_equal(actual, np.float32(448) / amax)
 
 
 def test_error_is_that_of_e4m3(rng: np.random.Generator) -> None:

@@ -1,6 +1,7 @@
 """The reference against float64 numpy, its batch invariance, and its memory."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,12 @@ def _oracle_weights(weights: w4.ExpertWeights) -> tuple[np.ndarray, ...]:
     return (*parts, *biases)
 
 
-@pytest.mark.parametrize("seed", range(200))
+def _case(seed: int) -> Any:
+    # Cases of one shape share their compilations, so one test process runs them all.
+    return pytest.param(seed, marks=pytest.mark.xdist_group(f"shape{seed % len(SHAPES)}"))
+
+
+@pytest.mark.parametrize("seed", [_case(seed) for seed in range(200)])
 def test_random_cases_against_the_oracle(seed: int) -> None:
     """200 cases of shape, activation, bias, scale of x and (hostile) routing."""
     rng = np.random.default_rng(seed)

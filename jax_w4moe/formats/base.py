@@ -60,7 +60,7 @@ class WeightFormat(abc.ABC):
         """The inverse of :meth:`scale_words`, up to the scales of all-zero groups."""
 
     @abc.abstractmethod
-    def inexact_reason(self, scales: Sequence[float]) -> str:
+    def inexact_reason(self, scales: Sequence[int | float]) -> str:
         """Why the groups of one (row, 128 of K) cannot be packed exactly, as part of a sentence."""
 
     def __repr__(self) -> str:

@@ -107,7 +107,7 @@ class Mxfp4(WeightFormat):
         byte = jnp.where(index == 0, _ONE, index + base[..., None] - 9)
         return byte.astype(jnp.uint8).reshape(*words.shape[:-1], -1)
 
-    def inexact_reason(self, scales: Sequence[float]) -> str:
+    def inexact_reason(self, scales: Sequence[int | float]) -> str:
         """Names the byte 255, or the spread and its bound."""
         exponents = [int(e) for e in scales]
         if 255 in exponents:
