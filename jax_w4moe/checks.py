@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
+from jax_w4moe.formats.layout import BLOCK_ROWS, RECORD_BYTES, record_grid
 from jax_w4moe.quantization import PerToken
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
 
@@ -163,21 +164,36 @@ def packed(name: str, tensor: PackedTensor) -> None:
     layout_version(name, tensor.layout_version)
     if tensor.data.dtype != jnp.uint8:
         raise TypeError(f"{name}.data: dtype {tensor.data.dtype}, need uint8; call pack() again.")
+    num_experts, rows, columns = tensor.shape
+    halves = 2 if tensor.row_order == "gate_up" else 1
+    _shape(
+        f"{name}.data",
+        tensor.data,
+        (num_experts, *record_grid(rows, columns, halves), RECORD_BYTES),
+        f"E={num_experts}, N={rows}, K={columns} on one device; call pack() again",
+    )
 
 
 def packed_experts(experts: PackedExperts) -> None:
-    """Checks packed experts handed to an op."""
+    """Checks packed experts handed to an op; reads no data, but nothing may lead out of bounds."""
     if not isinstance(experts, PackedExperts):
         raise TypeError(
             f"experts: got {type(experts).__name__}, need PackedExperts; call pack_experts()."
         )
     packed("experts.w13", experts.w13)
     packed("experts.w2", experts.w2)
-    if experts.w13.data.shape[0] != experts.w2.data.shape[0]:
+    (e13, n13, k13), (e2, n2, k2) = experts.w13.shape, experts.w2.shape
+    if (e13, n13, k13) != (e2, 2 * k2, n2) or experts.w13.row_order != "gate_up":
         raise ValueError(
-            f"experts: w13 holds E={experts.w13.data.shape[0]} experts and w2"
-            f" E={experts.w2.data.shape[0]}; both must hold the same experts."
+            f"experts: w13 is [{e13}, {n13}, {k13}] with {experts.w13.row_order} rows and w2 is"
+            f" [{e2}, {n2}, {k2}]; need [E, 2I, H] with gate_up rows and [E, H, I]: call"
+            " pack_experts()."
         )
+    if experts.w13_bias is not None:
+        shape = (*experts.w13.data.shape[:2], BLOCK_ROWS)
+        _shape("experts.w13_bias", experts.w13_bias, shape, "one bias per packed row")
+    if experts.w2_bias is not None:
+        _shape("experts.w2_bias", experts.w2_bias, (e2, n2), "one bias per expert and row")
 
 
 def rows(value: Any, num_experts: int) -> None:

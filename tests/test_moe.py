@@ -425,11 +425,31 @@ def test_another_layout_version_is_refused(layer: Layer) -> None:
         w4.fused_moe(x, old, ids, weights)
 
 
-def test_experts_of_different_number_are_refused(layer: Layer) -> None:
+def test_arrays_that_are_not_what_their_type_says_are_refused(layer: Layer) -> None:
+    """A shard, a cut array or mismatched parts: the kernels must never read out of bounds."""
     experts, x, ids, weights = layer
-    w2 = dataclasses.replace(experts.w2, data=experts.w2.data[:3])
-    with pytest.raises(ValueError, match="experts: w13 holds E=5 experts and w2 E=3"):
-        w4.fused_moe(x, dataclasses.replace(experts, w2=w2), ids, weights)
+    w13, w2 = experts.w13, experts.w2
+    fewer = dataclasses.replace(w2, data=w2.data[:3])
+    other = dataclasses.replace(w2, data=w2.data[:3], shape=(3, H, I))
+    canonical = w4.pack(w4.unpack(w13))
+    assert experts.w13_bias is not None
+    cases = {
+        "experts.w2.data: shape (3, 2, 1, 4352), need (5, 2, 1, 4352): E=5, N=96, K=32": {
+            "w2": fewer
+        },
+        "experts.w13.data: shape (5, 3, 1, 4352), need (5, 4, 1, 4352)": {
+            "w13": dataclasses.replace(w13, data=w13.data[:, :3])
+        },
+        "experts: w13 is [5, 64, 96] with gate_up rows and w2 is [3, 96, 32]; need": {"w2": other},
+        "experts: w13 is [5, 64, 96] with canonical rows": {"w13": canonical},
+        "experts.w13_bias: shape (5, 3, 64), need (5, 4, 64)": {
+            "w13_bias": experts.w13_bias[:, :3]
+        },
+        "experts.w2_bias: shape (96,), need (5, 96)": {"w2_bias": jnp.zeros(H)},
+    }
+    for sentence, changes in cases.items():
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            w4.fused_moe(x, dataclasses.replace(experts, **changes), ids, weights)
 
 
 @pytest.mark.parametrize("op", ["fused_moe", "expert_mlp", "grouped_matmul", "quantize_fp8"])

@@ -1,0 +1,1 @@
+"""Measured claims come from here: ``make bench`` on a machine with a Hopper GPU."""

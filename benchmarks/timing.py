@@ -1,0 +1,53 @@
+"""Timing on a GPU through JAX: many calls per measurement, the median of many measurements.
+
+A measurement is one jitted program that loops over a set of inputs, so the host's share vanishes.
+The set is larger than the L2 cache several times over where the op's own size allows it; small
+activations stay in L2, as they do between the ops of a model.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+COLD_BYTES = 512 << 20  # the largest L2 of a Hopper GPU is 60 MB
+MAX_INPUTS = 32
+CALLS = 1024
+REPEATS = 30
+
+
+def median_us(op: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+    """Microseconds per call of ``op``, the median over 30 measurements."""
+    rounds = max(2, min(CALLS, COLD_BYTES * 64 // max(inputs[0].nbytes, 1)) // len(inputs))
+
+    @jax.jit
+    def measurement(inputs: Sequence[Any]) -> list[Any]:
+        def round_of_calls(i: jax.Array, _: list[Any]) -> list[Any]:
+            # The barrier ties the inputs to i: without it XLA would call op once, before the loop.
+            _, fresh = jax.lax.optimization_barrier((i, list(inputs)))
+            return [op(x) for x in fresh]
+
+        return jax.lax.fori_loop(0, rounds, round_of_calls, [op(x) for x in inputs])
+
+    jax.block_until_ready(measurement(inputs))
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(measurement(inputs))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / ((rounds + 1) * len(inputs)) * 1e6
+
+
+def rotating_inputs(make: Callable[[jax.Array], jax.Array], nbytes: int) -> list[jax.Array]:
+    """Inputs of ``nbytes`` each, as many as make them cold in L2, 32 at most."""
+    count = min(MAX_INPUTS, max(4, COLD_BYTES // nbytes))
+    return [jax.jit(make)(key) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a plain elementwise kernel over 1 GiB."""
+    inputs = [jnp.ones(1 << 28, jnp.float32) for _ in range(2)]
+    return 2 * inputs[0].nbytes / (median_us(lambda x: x + 1, inputs) * 1e-6)
