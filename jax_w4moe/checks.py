@@ -5,6 +5,7 @@ Only shapes, dtypes and static values are read, so all of it works on tracers.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_w4moe.activations import SwiGLU
@@ -87,7 +88,7 @@ def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
         (num_experts, rows, columns // q.format.group_size),
         f"one scale per {q.format.group_size} of K={columns}",
     )
-    q.format.canonical_scales(q.scales[:0])  # raises TypeError on a dtype it does not store
+    jax.eval_shape(q.format.canonical_scales, q.scales)  # raises TypeError on a foreign dtype
     return num_experts, rows, columns
 
 

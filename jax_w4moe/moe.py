@@ -27,7 +27,7 @@ def fused_moe(
     activation: SwiGLU = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
-    x_scale: Array | None = None,
+    x_scale: Array | float | None = None,
     expert_axis: str | None = None,
     tensor_axis: str | None = None,
     token_axes: Any = None,
@@ -56,7 +56,7 @@ def fused_moe(
       act_dtype: what activations are rounded to before each projection: jnp.float8_e4m3fn, or
         jnp.bfloat16 (no quantisation).
       act_scale: the rule of the FP8 scales.
-      x_scale: f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``.
+      x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``.
       expert_axis, tensor_axis, token_axes, mesh, exchange: several devices; not in this version.
       implementation: None (the kernels on a Hopper GPU, XLA elsewhere), "xla" or "cuda_sm90"; a
         forced one never falls back.
@@ -81,6 +81,7 @@ def fused_moe(
     )
     checks.options(activation, act_dtype, act_scale)
     checks.packed_experts(experts)
+    x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
     implementations.choose("fused_moe", implementation)
@@ -96,7 +97,7 @@ def expert_mlp(
     activation: SwiGLU = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
-    x_scale: Array | None = None,
+    x_scale: Array | float | None = None,
     implementation: str | None = None,
     tactic: Any = None,
 ) -> Array:
@@ -109,7 +110,7 @@ def expert_mlp(
       experts: the packed weights of E experts.
       group_sizes: i32[E]; counts beyond the rows there are mean all rows there are.
       activation, act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
-      x_scale: f32[], or f32 like rows with a last axis of 1.
+      x_scale: a number, f32[], or f32 like rows with a last axis of 1.
 
     Returns:
       bf16, shaped like rows; rows of no group are zero.
@@ -121,6 +122,7 @@ def expert_mlp(
     checks.options(activation, act_dtype, act_scale)
     checks.packed_experts(experts)
     checks.rows(rows, experts.num_experts)
+    x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
     implementations.choose("expert_mlp", implementation)
@@ -135,7 +137,7 @@ def grouped_matmul(
     *,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
-    x_scale: Array | None = None,
+    x_scale: Array | float | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
     tactic: Any = None,
@@ -147,7 +149,7 @@ def grouped_matmul(
       rhs: one packed projection [E, N, K] (:func:`jax_w4moe.pack`, or ``experts.w13``).
       group_sizes: i32[E]; rows past their sum give zero.
       act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
-      x_scale: f32[] or f32[M, 1].
+      x_scale: a number, f32[] or f32[M, 1].
       preferred_element_type: of the result, jnp.bfloat16 (default) or jnp.float32.
 
     Returns:
@@ -159,6 +161,7 @@ def grouped_matmul(
     checks.unsharded(tactic=tactic)
     checks.options(_SWIGLU, act_dtype, act_scale)
     checks.packed("rhs", rhs)
+    x_scale = _as_array(x_scale)
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
@@ -207,6 +210,11 @@ class _Rows(NamedTuple):
 
 class _Row(NamedTuple):
     x: Array
+
+
+def _as_array(x_scale: Array | float | None) -> Array | None:
+    """A Python number is a scale for all rows."""
+    return jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
 
 
 def _per_row(x: Array, x_scale: Array | None) -> Array | None:

@@ -131,11 +131,11 @@ def pack_experts(weights: ExpertWeights, *, first_expert: int = 0) -> PackedExpe
     w2 = _pack_named("w2", weights.w2, "canonical", first_expert)
     w13_bias, w2_bias = weights.w13_bias, weights.w2_bias
     if w13_bias is not None:
-        rows = einops.rearrange(_pad_gate_up(w13_bias), _GATE_UP[0], **_GATE_UP[1])
-        rows = rows.astype(jnp.float32)
+        w13_bias = _pad_gate_up(jnp.asarray(w13_bias, jnp.float32))
+        rows = einops.rearrange(w13_bias, _GATE_UP[0], **_GATE_UP[1])
         w13_bias = rows.reshape(*w13.data.shape[:2], BLOCK_ROWS)
     if w2_bias is not None:
-        w2_bias = w2_bias.astype(jnp.float32)
+        w2_bias = jnp.asarray(w2_bias, jnp.float32)
     return PackedExperts(w13, w2, w13_bias, w2_bias)
 
 
@@ -257,10 +257,11 @@ def _require_exact(name: str, q: QuantizedTensor, inexact_groups: Array, first_e
     if not counts.any():
         return
     expert = int(np.flatnonzero(counts)[0])
-    scales = q.format.canonical_scales(q.scales[expert])
+    codes = jnp.asarray(q.codes[expert])
+    scales = q.format.canonical_scales(jnp.asarray(q.scales[expert]))
     pad_k = -(scales.shape[-1] * q.format.group_size) % BLOCK_K
     _, inexact = q.format.scale_words(
-        jnp.pad(_nibbles(q.codes[expert]), ((0, 0), (0, pad_k))),
+        jnp.pad(_nibbles(codes), ((0, 0), (0, pad_k))),
         jnp.pad(scales, ((0, 0), (0, pad_k // q.format.group_size))),
     )
     row, block = np.argwhere(np.asarray(inexact))[0]

@@ -82,6 +82,15 @@ def test_fp8_tokens_with_their_scale_give_the_same_bits(layer: Layer) -> None:
     one = jnp.float32(0.25)
     per_row = w4.fused_moe(x_fp8, experts, ids, weights, x_scale=jnp.full((T, 1), one))
     assert_bitwise(w4.fused_moe(x_fp8, experts, ids, weights, x_scale=one), per_row)
+    assert_bitwise(w4.fused_moe(x_fp8, experts, ids, weights, x_scale=0.25), per_row)
+
+
+def test_numpy_arrays_are_accepted(layer: Layer) -> None:
+    experts, x, ids, weights = layer
+    y = w4.fused_moe(np.asarray(x), experts, np.asarray(ids), np.asarray(weights))
+    assert_bitwise(y, w4.fused_moe(x, experts, ids, weights))
+    canonical = jax.tree.map(np.asarray, w4.unpack_experts(experts))
+    jax.tree.map(assert_bitwise, w4.pack_experts(canonical).w13, experts.w13)
 
 
 @pytest.mark.parametrize("kind", data.ROUTINGS)
