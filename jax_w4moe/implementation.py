@@ -9,12 +9,13 @@ from jax_w4moe import _ffi
 Choice = Literal["xla", "cuda_sm90", "both"]
 
 
-def choose(op: str, requested: str | None) -> Choice:
+def choose(op: str, requested: str | None, unsupported: str | None = None) -> Choice:
     """Chooses how an op runs.
 
     Args:
       op: the op's name, e.g. "fused_moe".
       requested: the caller's ``implementation``: None, "xla" or "cuda_sm90".
+      unsupported: what of this call the op's kernel does not do, e.g. "act_dtype=bfloat16".
 
     Returns:
       "xla"; "cuda_sm90"; or "both", when the platform that the program is lowered for decides
@@ -36,11 +37,11 @@ def choose(op: str, requested: str | None) -> Choice:
         reason = _ffi.why_unavailable()
         if reason:
             raise RuntimeError(f'{op}: implementation="cuda_sm90" cannot run here: {reason}')
-        _require_kernel(op)
+        _require_kernel(op, unsupported)
         return "cuda_sm90"
     capabilities = {_capability(device) for device in _cuda_devices()}
     if not capabilities:
-        return "both" if op in _ffi.OPS else "xla"
+        return "both" if op in _ffi.OPS and not unsupported else "xla"
     if capabilities != {_ffi.COMPUTE_CAPABILITY}:
         return "xla"
     reason = _ffi.extension_error()
@@ -49,7 +50,7 @@ def choose(op: str, requested: str | None) -> Choice:
             f"{op}: a Hopper GPU is here but its kernels are not: {reason} Or pass"
             ' implementation="xla", which is slow.'
         )
-    _require_kernel(op)
+    _require_kernel(op, unsupported)
     return "both"
 
 
@@ -62,11 +63,15 @@ def run(choice: Choice, cuda: Any, xla: Any, *operands: Any) -> Any:
     return jax.lax.platform_dependent(*operands, cuda=cuda, default=xla)
 
 
-def _require_kernel(op: str) -> None:
+def _require_kernel(op: str, unsupported: str | None) -> None:
     if op not in _ffi.OPS:
         raise NotImplementedError(
             f"{op}: this version has SM90 kernels for {', '.join(sorted(_ffi.OPS))} only; pass"
             ' implementation="xla" to run it as plain XLA, which is slow.'
+        )
+    if unsupported:
+        raise NotImplementedError(
+            f'{op}: {unsupported} has no SM90 kernel; pass implementation="xla", which is slow.'
         )
 
 

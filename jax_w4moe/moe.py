@@ -9,6 +9,7 @@ from jax import Array
 from jax_w4moe import checks, reference
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
+from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import PerToken, quantize_per_token
 from jax_w4moe.transforms import transformable
@@ -165,8 +166,8 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    implementations.choose("grouped_matmul", implementation)
-    op = _grouped_matmul(jnp.dtype(act_dtype), out_dtype)
+    choice = implementations.choose("grouped_matmul", implementation, _unsupported(act_dtype))
+    op = _grouped_matmul(choice, jnp.dtype(act_dtype), out_dtype)
     return op(_Rows(lhs, _per_row(lhs, x_scale)), (rhs, group_sizes))
 
 
@@ -210,6 +211,11 @@ class _Rows(NamedTuple):
 
 class _Row(NamedTuple):
     x: Array
+
+
+def _unsupported(act_dtype: Any) -> str | None:
+    dtype = jnp.dtype(act_dtype)
+    return None if dtype == jnp.float8_e4m3fn else f"act_dtype={dtype}"
 
 
 def _as_array(x_scale: Array | float | None) -> Array | None:
@@ -278,12 +284,23 @@ def _expert_mlp(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
 
 
 @functools.cache
-def _grouped_matmul(act_dtype: jnp.dtype, out_dtype: jnp.dtype) -> Any:
-    def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
+def _grouped_matmul(
+    choice: implementations.Choice, act_dtype: jnp.dtype, out_dtype: jnp.dtype
+) -> Any:
+    def xla(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         out = reference.grouped_matmul(
             tokens.rows, *fixed, x_scale=tokens.x_scale, act_dtype=act_dtype, mode="mirrored"
         )
         return out.astype(out_dtype)
+
+    def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
+        rows, x_scale = tokens
+        if x_scale is None:
+            rows, x_scale = quantize_fp8_cuda(rows)
+        return grouped_matmul_cuda(rows, x_scale, *fixed, out_dtype)
+
+    def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
+        return implementations.run(choice, cuda, xla, tokens, fixed)
 
     def backward(
         tokens: _Rows, fixed: tuple[PackedTensor, Array], cotangent: Array

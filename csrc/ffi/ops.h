@@ -17,8 +17,9 @@ struct Op {
   const std::atomic<int64_t>* calls;  // executions of the handler, not of replayed graphs
 };
 
+Op GroupedMatmulOp();
 Op QuantizeFp8Op();
 
-inline std::array<Op, 1> Ops() { return {QuantizeFp8Op()}; }
+inline std::array<Op, 2> Ops() { return {GroupedMatmulOp(), QuantizeFp8Op()}; }
 
 }  // namespace jax_w4moe

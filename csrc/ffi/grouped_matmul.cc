@@ -1,0 +1,113 @@
+// XLA handlers of grouped_matmul: lhs f8e4m3fn[M, K], x_scale f32[M, 1], records u8[E, R, C, 4352],
+// group_sizes s32[E] -> out bf16|f32[M, N], workspace u8[bytes].
+#include "launch/grouped_matmul.h"
+
+#include "common/version.h"
+#include "ffi/checks.h"
+#include "ffi/error.h"
+#include "ffi/ops.h"
+
+namespace jax_w4moe {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr char kName[] = "grouped_matmul";
+
+std::atomic<int64_t> calls{0};
+
+ffi::Error Initialize(bool, int64_t) {
+  JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
+  return FromCuda(PrepareGroupedMatmul(), kName, "raising the shared-memory limit");
+}
+
+ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_scale,
+                   ffi::AnyBuffer records, ffi::AnyBuffer group_sizes,
+                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+                   bool gate_up, int64_t tile_tokens) {
+  calls.fetch_add(1, std::memory_order_relaxed);
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "lhs", lhs, ffi::F8E4M3FN, 2));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "x_scale", x_scale, ffi::F32, 2));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "group_sizes", group_sizes, ffi::S32, 1));
+  const bool out_is_f32 = out->element_type() == ffi::F32;
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "out", *out, out_is_f32 ? ffi::F32 : ffi::BF16, 2));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "workspace", *workspace, ffi::U8, 1));
+
+  GroupedMatmulParams p{};
+  p.num_tokens = lhs.dimensions()[0];
+  p.contraction = lhs.dimensions()[1];
+  p.num_experts = records.dimensions()[0];
+  p.row_blocks = records.dimensions()[1];
+  p.k_blocks = records.dimensions()[2];
+  p.num_rows = out->dimensions()[1];
+  p.tile_tokens = tile_tokens;
+  p.gate_up = gate_up;
+  p.out_is_f32 = out_is_f32;
+  constexpr int64_t kRecordBytes = 4352;
+  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "records", records,
+                                       {p.num_experts, p.row_blocks, p.k_blocks, kRecordBytes}));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "x_scale", x_scale, {p.num_tokens, 1}));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "group_sizes", group_sizes, {p.num_experts}));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "out", *out, {p.num_tokens, p.num_rows}));
+  if (p.num_experts < 1 || p.num_experts > 1024 || p.num_tokens > (int64_t{1} << 24)) {
+    return InvalidArgument(kName, ": E=", p.num_experts, " (1 to 1024) or M=", p.num_tokens,
+                           " (up to 2^24) is out of range; split the call");
+  }
+  if (p.contraction % 32 || (p.contraction + 127) / 128 != p.k_blocks) {
+    return InvalidArgument(kName, ": K=", p.contraction, " does not fit ", p.k_blocks,
+                           " K-blocks of 128; pack the weights of this K");
+  }
+  const int64_t rows = p.row_blocks * 64;
+  if (p.num_rows < 1 || p.num_rows > rows || (gate_up && p.num_rows % 2)) {
+    return InvalidArgument(kName, ": N=", p.num_rows, " does not fit ", p.row_blocks,
+                           " row blocks of 64; pack the weights of this N");
+  }
+  if (!HasGroupedMatmulTile(tile_tokens)) {
+    return InvalidArgument(kName, ": no tile of ", tile_tokens,
+                           " tokens is compiled; call the op through jax_w4moe, which knows them");
+  }
+  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_tokens, p.num_experts, p.k_blocks);
+  if (workspace->dimensions()[0] < needed) {
+    return InvalidArgument(kName, ": workspace has ", workspace->dimensions()[0], " bytes, needs ",
+                           needed, "; call the op through jax_w4moe, which sizes it");
+  }
+  p.lhs = lhs.untyped_data();
+  p.x_scale = static_cast<const float*>(x_scale.untyped_data());
+  p.records = records.untyped_data();
+  p.group_sizes = static_cast<const int*>(group_sizes.untyped_data());
+  p.out = out->untyped_data();
+  p.workspace = workspace->untyped_data();
+  for (const void* pointer : {p.lhs, p.records, static_cast<const void*>(p.workspace)}) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 128) {
+      return InvalidArgument(kName, ": an operand at ", pointer,
+                             " is not aligned to 128 bytes; pass whole arrays");
+    }
+  }
+  return FromCuda(LaunchGroupedMatmul(p, stream), kName, "the kernel launches");
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kInitialize, Initialize,
+    ffi::Ffi::BindInitialize().Attr<bool>("gate_up").Attr<int64_t>("tile_tokens"));
+
+XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<bool>("gate_up")
+                           .Attr<int64_t>("tile_tokens"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+Op GroupedMatmulOp() {
+  return {kName, JAX_W4MOE_TARGET("grouped_matmul"), kInitialize, kExecute, &calls};
+}
+
+}  // namespace jax_w4moe

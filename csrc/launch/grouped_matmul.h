@@ -1,0 +1,39 @@
+// Launcher of grouped_matmul: plan, token image, grouped GEMM, zeros behind the last group.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_w4moe {
+
+struct GroupedMatmulParams {
+  const void* lhs;         // e4m3[M, K]
+  const float* x_scale;    // f32[M]
+  const void* records;     // u8[E, row_blocks, k_blocks, 4352]
+  const int* group_sizes;  // i32[E]
+  void* out;               // [M, num_rows], bf16 or f32
+  void* workspace;         // GroupedMatmulWorkspaceBytes
+  int64_t num_tokens;      // M
+  int64_t contraction;     // K
+  int64_t num_experts;     // E
+  int64_t row_blocks;
+  int64_t k_blocks;
+  int64_t num_rows;     // logical N
+  int64_t tile_tokens;  // a row of the tile table
+  bool gate_up;
+  bool out_is_f32;
+};
+
+// The same formula as jax_w4moe/ops/grouped_matmul.py; a test compares them.
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_tokens, int64_t num_experts, int64_t k_blocks);
+
+// Whether a tile of that many tokens is compiled.
+bool HasGroupedMatmulTile(int64_t tile_tokens);
+
+// Raises the shared-memory limit of every compiled tile on the current device.
+cudaError_t PrepareGroupedMatmul();
+
+cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& params, cudaStream_t stream);
+
+}  // namespace jax_w4moe

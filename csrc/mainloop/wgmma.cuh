@@ -1,0 +1,60 @@
+// One K128 step of a warpgroup: four WGMMAs m64nNk32, A in registers, B in shared memory.
+#pragma once
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <utility>
+
+namespace jax_w4moe {
+
+template <int N>
+struct WgmmaAtom;
+#define JAX_W4MOE_WGMMA_ATOM(N)                                         \
+  template <>                                                           \
+  struct WgmmaAtom<N> {                                                 \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>; \
+  };
+JAX_W4MOE_WGMMA_ATOM(8)
+JAX_W4MOE_WGMMA_ATOM(16)
+JAX_W4MOE_WGMMA_ATOM(32)
+JAX_W4MOE_WGMMA_ATOM(64)
+JAX_W4MOE_WGMMA_ATOM(128)
+#undef JAX_W4MOE_WGMMA_ATOM
+
+// Descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128 bytes (PTX ISA,
+// "Matrix descriptor"). 32 of K further on is 32 bytes, 2 in the descriptor's units of 16.
+__device__ __forceinline__ uint64_t TokenDescriptor(uint32_t shared) {
+  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32, kSwizzle128 = uint64_t{1} << 62;
+  return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | kStride | kSwizzle128;
+}
+
+template <int N, size_t... kI>
+__device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                                      bool accumulate, std::index_sequence<kI...>) {
+  WgmmaAtom<N>::Type::fma(
+      a[0], a[1], a[2], a[3], b, d[kI]...,
+      accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+// Issues and commits the product of one record with one token tile; `partial` is overwritten and
+// may be read after warpgroup_wait.
+template <int N>
+__device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                             uint32_t tokens) {
+  const uint64_t descriptor = TokenDescriptor(tokens);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    Wgmma<N>(partial, a[j], descriptor + 2 * j, j > 0, std::make_index_sequence<N / 2>{});
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// Waits for the products; from here on the compiler may read `partial`.
+template <int N>
+__device__ __forceinline__ void WaitForProducts(float (&partial)[N / 2]) {
+  cute::warpgroup_wait<0>();
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(partial[i]);
+}
+
+}  // namespace jax_w4moe

@@ -1,0 +1,81 @@
+// Single PTX instructions of SM90 that CuTe has no wrapper for, or not with the operands we need.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_w4moe::ptx {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// L2 eviction policies in the encoding of createpolicy (PTX ISA, "Cache eviction priority hints").
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // weights: read once per step
+inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;   // tokens: read by every row tile
+
+// cp.async.bulk of `bytes` (a multiple of 16) from global to shared, signalling an mbarrier.
+__device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, uint32_t bytes,
+                                         uint32_t mbarrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(mbarrier), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void BarrierInit(uint32_t mbarrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the asynchronous proxy.
+__device__ __forceinline__ void BarrierInitFence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void BarrierArriveExpect(uint32_t mbarrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void BarrierArrive(uint32_t mbarrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+}
+
+__device__ __forceinline__ void BarrierWait(uint32_t mbarrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(mbarrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A named barrier among `threads` threads of the block; id 0 is __syncthreads.
+__device__ __forceinline__ void NamedBarrier(uint32_t id, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// prmt.b32 without the selector mask that __byte_perm inserts.
+__device__ __forceinline__ uint32_t Permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint2 LoadShared64(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+}  // namespace jax_w4moe::ptx
