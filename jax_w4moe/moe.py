@@ -9,6 +9,7 @@ from jax import Array
 from jax_w4moe import checks, reference
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
+from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import PerToken, quantize_per_token
@@ -85,8 +86,8 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
-    implementations.choose("fused_moe", implementation)
-    op = _fused_moe(activation, jnp.dtype(act_dtype))
+    choice = implementations.choose("fused_moe", implementation, _unsupported(act_dtype))
+    op = _fused_moe(choice, activation, jnp.dtype(act_dtype))
     return op(_Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights), experts)
 
 
@@ -231,8 +232,8 @@ def _per_row(x: Array, x_scale: Array | None) -> Array | None:
 
 
 @functools.cache
-def _fused_moe(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
-    def run(tokens: _Tokens, experts: PackedExperts) -> Array:
+def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+    def xla(tokens: _Tokens, experts: PackedExperts) -> Array:
         return reference.fused_moe(
             tokens.x,
             experts,
@@ -243,6 +244,15 @@ def _fused_moe(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
             act_dtype=act_dtype,
             mode="mirrored",
         )
+
+    def cuda(tokens: _Tokens, experts: PackedExperts) -> Array:
+        x, x_scale = tokens.x, tokens.x_scale
+        if x_scale is None:
+            x, x_scale = quantize_fp8_cuda(x)
+        return fused_moe_cuda(x, x_scale, experts, tokens.topk_ids, tokens.topk_weights, activation)
+
+    def run(tokens: _Tokens, experts: PackedExperts) -> Array:
+        return implementations.run(choice, cuda, xla, tokens, experts)
 
     def backward(tokens: _Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
         x, x_scale, ids, weights = tokens

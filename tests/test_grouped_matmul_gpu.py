@@ -11,6 +11,7 @@ import pytest
 import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.ops import grouped_matmul as op
+from jax_w4moe.ops import tiles
 from jax_w4moe.types import RowOrder
 from tests.helpers import data
 from tests.helpers.compare import as_float64, assert_bitwise, relative_rms
@@ -21,11 +22,11 @@ pytestmark = pytest.mark.gpu
 kernel = functools.partial(w4.grouped_matmul, implementation="cuda_sm90")
 
 
-@pytest.fixture(params=op.TILE_TOKENS)
+@pytest.fixture(params=tiles.TILE_TOKENS)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Every compiled tile, whatever the number of rows."""
     jax.clear_caches()
-    monkeypatch.setattr(op, "tile_tokens", lambda *_: request.param)
+    monkeypatch.setattr(tiles, "tile_tokens", lambda *_: request.param)
     yield request.param
     jax.clear_caches()
 
@@ -106,9 +107,9 @@ def test_every_tile_gives_the_same_bits(
     sizes = jnp.asarray([70, 0, 1, 130], jnp.int32)
     lhs = data.tokens(rng, 201, 1152)
     results = []
-    for tile in op.TILE_TOKENS:
+    for tile in tiles.TILE_TOKENS:
         jax.clear_caches()
-        monkeypatch.setattr(op, "tile_tokens", lambda *_, tile=tile: tile)
+        monkeypatch.setattr(tiles, "tile_tokens", lambda *_, tile=tile: tile)
         results.append(np.asarray(kernel(lhs, rhs, sizes)))
     for result in results[1:]:
         assert_bitwise(result, results[0])

@@ -42,6 +42,20 @@ def test_inverse_is_the_correctly_rounded_division() -> None:
     np.testing.assert_array_equal(actual, np.float32(448) / amax)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 3e4])
+def test_intermediate_is_rounded_to_bf16_before_fp8(rng: np.random.Generator, scale: float) -> None:
+    """Compiled, where XLA would leave out a plain conversion to bf16 and back."""
+    h = (rng.standard_normal((64, 512)) * scale).astype(np.float32)
+    h_fp8, h_scale = jax.jit(quantization.round_and_quantize)(jnp.asarray(h))
+    amax = np.abs(h).max(axis=-1, keepdims=True)
+    rounded = h.astype(ml_dtypes.bfloat16).astype(np.float32)
+    scaled = np.clip(rounded * (np.float32(448) / amax), np.float32(-448), np.float32(448))
+    assert_bitwise(h_fp8, scaled.astype(ml_dtypes.float8_e4m3fn))
+    assert_bitwise(h_scale, amax * (np.float32(1) / np.float32(448)))
+    direct = np.clip(h * (np.float32(448) / amax), np.float32(-448), np.float32(448))
+    assert (direct.astype(ml_dtypes.float8_e4m3fn) != np.asarray(h_fp8)).any()  # it matters
+
+
 def test_error_is_that_of_e4m3(rng: np.random.Generator) -> None:
     x = data.tokens(rng, 64, 512)
     x_fp8, x_scale = w4.quantize_fp8(x)

@@ -6,6 +6,7 @@
 #include "ffi/checks.h"
 #include "ffi/error.h"
 #include "ffi/ops.h"
+#include "launch/tiles.h"
 
 namespace jax_w4moe {
 namespace {
@@ -63,7 +64,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
     return InvalidArgument(kName, ": N=", p.num_rows, " does not fit ", p.row_blocks,
                            " row blocks of 64; pack the weights of this N");
   }
-  if (!HasGroupedMatmulTile(tile_tokens)) {
+  if (!HasTile(tile_tokens)) {
     return InvalidArgument(kName, ": no tile of ", tile_tokens,
                            " tokens is compiled; call the op through jax_w4moe, which knows them");
   }

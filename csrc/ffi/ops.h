@@ -17,9 +17,10 @@ struct Op {
   const std::atomic<int64_t>* calls;  // executions of the handler, not of replayed graphs
 };
 
+Op FusedMoeOp();
 Op GroupedMatmulOp();
 Op QuantizeFp8Op();
 
-inline std::array<Op, 2> Ops() { return {GroupedMatmulOp(), QuantizeFp8Op()}; }
+inline std::array<Op, 3> Ops() { return {FusedMoeOp(), GroupedMatmulOp(), QuantizeFp8Op()}; }
 
 }  // namespace jax_w4moe

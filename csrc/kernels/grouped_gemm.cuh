@@ -1,5 +1,5 @@
-// Grouped GEMM on packed 4-bit records: out[m, n] = x_scale[m] * sum_k weights[e(m), n, k] * x[m,
-// k].
+// Grouped GEMM on packed 4-bit records: for the rows of every expert, weights times tokens, handed
+// to an epilogue in tiles of 64 rows of weights by kTokens tokens.
 //
 // One persistent CTA per SM: a producer warp streams records and token tiles through a ring of
 // shared-memory stages by bulk copies; kWarpgroups math warpgroups own 64 rows of weights each,
@@ -7,9 +7,9 @@
 // f32. The next record is decoded while this one multiplies. docs/numerics.md: R2, R5.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "epilogue/tile.cuh"
 #include "formats/mxfp4.cuh"
 #include "mainloop/wgmma.cuh"
 #include "schedule/grouped.cuh"
@@ -19,15 +19,11 @@ namespace jax_w4moe {
 struct GroupedGemmParams {
   const uint8_t* records;  // [E, row_blocks, k_blocks, kRecordBytes]
   const uint8_t* image;    // token image, [k_blocks][num_atoms][1024]
-  const float* x_scale;    // [M]
-  void* out;               // [M, num_rows]
   Plan plan;
   int num_experts;
   int row_blocks;
   int k_blocks;
   int num_atoms;
-  int num_rows;  // logical N
-  bool gate_up;  // rows interleaved: see docs/layout.md, "Rows"
 };
 
 template <int kTokens, int kWarpgroups, int kStages>
@@ -35,9 +31,6 @@ struct GroupedGemmTile {
   static constexpr int kThreads = 128 * kWarpgroups + 128;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
-  // One padded row of f32 per token: the fragment's stores and the rows' loads miss each other's
-  // banks.
-  static constexpr int kStagingRow = kRecordRows + 4;
   static constexpr int kStagingBytes = kTokens * kStagingRow * 4;
 
   // Offsets from the first 1,024-byte boundary of dynamic shared memory.
@@ -67,48 +60,10 @@ __device__ __forceinline__ GroupedGemmItem ItemAt(const int* item_start, int ite
           min(size - token_tile * kTokens, kTokens)};
 }
 
-template <typename Out>
-__device__ __forceinline__ Out FromFloat(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 FromFloat(float value) {
-  return __float2bfloat16_rn(value);
-}
-
-// Accumulators of one warpgroup -> rows of out: staged so that 64 features of a token are written
-// as whole lines.
-template <typename Tile, int kTokens, typename Out>
-__device__ __forceinline__ void StoreTile(const float (&acc)[kTokens / 2], float* staging,
-                                          int warpgroup, int thread, int slab, int64_t first_row,
-                                          int live, const GroupedGemmParams& p) {
-  const int warp = thread / 32, group = thread % 32 / 4, quad = thread % 4;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    const int token = i / 4 * 8 + quad * 2 + i % 2, feature = warp * 16 + group + i / 2 % 2 * 8;
-    staging[token * Tile::kStagingRow + feature] = acc[i];
-  }
-  ptx::NamedBarrier(1 + warpgroup, 128);
-  const int feature = thread % 64;
-  int column = slab * kRecordRows + feature;
-  if (p.gate_up) {
-    const int half = feature / 8 % 2, in_half = slab * 32 + feature / 16 * 8 + feature % 8;
-    column = in_half < p.num_rows / 2 ? half * (p.num_rows / 2) + in_half : p.num_rows;
-  }
-  if (column < p.num_rows) {
-    Out* out = static_cast<Out*>(p.out);
-    for (int token = thread / 64; token < live; token += 2) {
-      const float value = staging[token * Tile::kStagingRow + feature];
-      const int64_t row = first_row + token;
-      out[row * p.num_rows + column] = FromFloat<Out>(value * p.x_scale[row]);
-    }
-  }
-  ptx::NamedBarrier(1 + warpgroup, 128);  // the staging is free again
-}
-
-template <int kTokens, int kWarpgroups, int kStages, typename Out>
+template <int kTokens, int kWarpgroups, int kStages, typename Epilogue>
 __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>::kThreads, 1)
-    GroupedGemm(const __grid_constant__ GroupedGemmParams p) {
+    GroupedGemm(const __grid_constant__ GroupedGemmParams p,
+                const __grid_constant__ Epilogue epilogue) {
   using Tile = GroupedGemmTile<kTokens, kWarpgroups, kStages>;
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) &
@@ -224,9 +179,11 @@ __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>
       step(1, 0, k + 2 < p.k_blocks);
     }
     if (k < p.k_blocks) step(0, 1, false);
-    StoreTile<Tile, kTokens, Out>(acc, staging, warpgroup, thread, slab,
-                                  int64_t{p.plan.row_start[expert]} + token_tile * kTokens, live,
-                                  p);
+    const EpilogueTile tile{warpgroup, thread,
+                            expert,    slab,
+                            live,      int64_t{p.plan.row_start[expert]} + token_tile * kTokens,
+                            staging};
+    epilogue.template Store<kTokens>(acc, tile);
   }
 }
 

@@ -28,9 +28,6 @@ struct GroupedMatmulParams {
 // The same formula as jax_w4moe/ops/grouped_matmul.py; a test compares them.
 int64_t GroupedMatmulWorkspaceBytes(int64_t num_tokens, int64_t num_experts, int64_t k_blocks);
 
-// Whether a tile of that many tokens is compiled.
-bool HasGroupedMatmulTile(int64_t tile_tokens);
-
 // Raises the shared-memory limit of every compiled tile on the current device.
 cudaError_t PrepareGroupedMatmul();
 

@@ -1,0 +1,61 @@
+// The rule of quantize_fp8 for one row, as device functions; the kernels that use it are
+// quantize_fp8 and the requantisation between the two GEMMs.
+//
+// The rule, which jax_w4moe.quantization.quantize_per_token states in jax.numpy and which must
+// stay equal to it bit for bit:
+//   amax    = max over the row of |x| as an integer maximum of the f32 bits (so NaN wins and the
+//             order does not matter), but at least 2^-100 (so an all-zero row has a finite scale)
+//   x_scale = amax * f32(1/448)
+//   x_fp8   = e4m3(x * (448 / amax)), round to nearest even, saturating, NaN stays NaN
+#pragma once
+
+#include <cstdint>
+
+#include "common/fp8.cuh"
+
+namespace jax_w4moe {
+
+inline constexpr int kQuantizeThreads = 256;                   // per block
+inline constexpr int kVectorElements = 8;                      // bf16 values in 16 bytes
+inline constexpr uint32_t kMinAmaxBits = (127u - 100u) << 23;  // 2^-100
+
+// Largest f32 magnitude in a vector of 8 bf16, as bits; the sign bits are masked off.
+__device__ __forceinline__ uint32_t AbsMaxBits(uint4 v) {
+  constexpr uint32_t kMagnitude = 0x7fff7fffu;
+  uint32_t pair = __vmaxu2(__vmaxu2(v.x & kMagnitude, v.y & kMagnitude),
+                           __vmaxu2(v.z & kMagnitude, v.w & kMagnitude));
+  return max(pair << 16, pair & 0xffff0000u);
+}
+
+__device__ __forceinline__ uint2 Quantize(uint4 v, float inv_scale) {
+  auto low = [inv_scale](uint32_t w) { return __fmul_rn(LowBf16ToFloat(w), inv_scale); };
+  auto high = [inv_scale](uint32_t w) { return __fmul_rn(HighBf16ToFloat(w), inv_scale); };
+  return make_uint2(PackE4m3x4(low(v.x), high(v.x), low(v.y), high(v.y)),
+                    PackE4m3x4(low(v.z), high(v.z), low(v.w), high(v.w)));
+}
+
+// Maximum over a team: a warp, or the whole block.
+template <int kTeam>
+__device__ __forceinline__ uint32_t TeamMax(uint32_t value) {
+  value = __reduce_max_sync(0xffffffffu, value);
+  if constexpr (kTeam > 32) {
+    static_assert(kTeam == kQuantizeThreads, "a team is one warp or one block");
+    __shared__ uint32_t warp_max[kTeam / 32];
+    __syncthreads();  // the previous row's maxima have been read
+    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = warp_max[0];
+#pragma unroll
+    for (int w = 1; w < kTeam / 32; ++w) value = max(value, warp_max[w]);
+  }
+  return value;
+}
+
+// Writes the row's scale and returns the factor that x is multiplied with.
+__device__ __forceinline__ float FinishScale(uint32_t amax_bits, bool write, float* x_scale) {
+  float amax = __uint_as_float(max(amax_bits, kMinAmaxBits));
+  if (write) *x_scale = __fmul_rn(amax, 1.0f / kE4m3Max);
+  return __fdiv_rn(kE4m3Max, amax);
+}
+
+}  // namespace jax_w4moe

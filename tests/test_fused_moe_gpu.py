@@ -1,0 +1,213 @@
+"""The fused layer on the GPU: against the reference, against itself, under hostile input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_w4moe as w4
+from jax_w4moe import _ffi, reference
+from jax_w4moe.ops import fused_moe as op
+from tests.helpers import data
+from tests.helpers.compare import MIRRORED_RMS, as_float64, assert_bitwise, relative_rms
+
+pytestmark = pytest.mark.gpu
+
+kernel = functools.partial(w4.fused_moe, implementation="cuda_sm90")
+KERNEL_RMS = 1e-2  # against the mirrored reference: ties of FP8 may fall either way
+GPT_OSS = w4.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+
+# (H, I, E, k): DeepSeek-V4-Flash, an EP rank and a TP8 rank of DeepSeek-R1, gpt-oss-120b,
+# Qwen3-30B, and two small odd ones.
+LARGE = (
+    (4096, 2048, 256, 6),
+    (7168, 2048, 32, 8),
+    (7168, 256, 256, 8),
+    (2880, 2880, 128, 4),
+    (2048, 768, 128, 8),
+)
+SMALL = ((256, 128, 4, 2), (96, 32, 5, 3))
+
+
+@functools.lru_cache(maxsize=1)
+def _layer(shape: tuple[int, int, int, int], bias: bool) -> w4.PackedExperts:
+    """Random packed weights, made expert by expert."""
+    hidden, intermediate, num_experts, _ = shape
+    parts = []
+    for seed in range(num_experts):
+        rng = np.random.default_rng(seed)
+        parts.append(w4.pack_experts(data.expert_weights(rng, 1, hidden, intermediate, bias=bias)))
+    leaves = [jnp.concatenate(arrays) for arrays in zip(*map(jax.tree.leaves, parts), strict=True)]
+    shapes = (
+        (num_experts, 2 * intermediate, hidden),
+        (num_experts, hidden, intermediate),
+    )
+    packed: w4.PackedExperts = jax.tree.unflatten(jax.tree.structure(parts[0]), leaves)
+    tensors = (packed.w13, packed.w2)
+    w13, w2 = (
+        w4.PackedTensor(t.data, t.inexact_groups, t.format, s, t.row_order, t.layout_version)
+        for t, s in zip(tensors, shapes, strict=True)
+    )
+    return w4.PackedExperts(w13, w2, packed.w13_bias, packed.w2_bias)
+
+
+def _tokens(
+    shape: tuple[int, int, int, int], num_tokens: int, kind: str = "random"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(num_tokens)
+    hidden, _, num_experts, top_k = shape
+    ids, weights = data.routing(rng, kind, num_tokens, num_experts, top_k)
+    return data.tokens(rng, num_tokens, hidden), ids, weights
+
+
+def _check(shape: tuple[int, int, int, int], num_tokens: int, kind: str = "random") -> None:
+    experts = _layer(shape, True)
+    x, ids, weights = _tokens(shape, num_tokens, kind)
+    y = kernel(x, experts, ids, weights, activation=GPT_OSS)
+    assert y.shape == x.shape and y.dtype == jnp.bfloat16
+    compare = functools.partial(reference.fused_moe, x, experts, ids, weights, activation=GPT_OSS)
+    assert relative_rms(y, compare(mode="mirrored")) <= KERNEL_RMS
+    assert relative_rms(y, compare(mode="exact")) <= MIRRORED_RMS
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 8, 9, 63, 64, 65, 128, 129, 1000, 4096])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_small_shapes_at_every_size(shape: tuple[int, int, int, int], num_tokens: int) -> None:
+    _check(shape, num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 65, 129, 4096])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_model_shapes(shape: tuple[int, int, int, int], num_tokens: int) -> None:
+    _check(shape, num_tokens)
+
+
+@pytest.mark.parametrize("kind", data.ROUTINGS)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_hostile_routings(shape: tuple[int, int, int, int], kind: str) -> None:
+    _check(shape, 129, kind)
+    if kind in ("outside", "no_expert"):
+        experts = _layer(shape, True)
+        x, ids, _ = _tokens(shape, 129, kind)
+        y = kernel(x, experts, ids, jnp.full(ids.shape, jnp.nan))
+        dead = ((np.asarray(ids) < 0) | (np.asarray(ids) >= shape[2])).all(axis=1)
+        assert not as_float64(y)[dead].any()
+
+
+@pytest.mark.parametrize("rows", [65_535, 65_536, 65_537])
+def test_around_one_chunk(rows: int) -> None:
+    """k = 1 and 3, so that chunks end inside and at the end of the batch."""
+    experts = _layer(SMALL[1], False)
+    rng = np.random.default_rng(rows)
+    for top_k in (1, 3):
+        num_tokens = -(-rows // top_k)
+        x = data.tokens(rng, num_tokens, 96)
+        ids, weights = data.routing(rng, "random", num_tokens, 5, top_k)
+        y = np.asarray(kernel(x, experts, ids, weights))
+        probe = rng.integers(0, num_tokens, 64)
+        assert_bitwise(y[probe], kernel(x[probe], experts, ids[probe], weights[probe]))
+        assert_bitwise(y[-1:], kernel(x[-1:], experts, ids[-1:], weights[-1:]))
+
+
+@pytest.mark.parametrize("shape", [LARGE[0], *SMALL], ids=str)
+def test_a_token_is_bitwise_the_same_in_every_batch(shape: tuple[int, int, int, int]) -> None:
+    experts = _layer(shape, False)
+    x, ids, weights = _tokens(shape, 4096)
+    everything = np.asarray(kernel(x, experts, ids, weights))
+    rng = np.random.default_rng(1)
+    for num_tokens in (1, 8, 9, 64, 65, 512, 4096):
+        rows = rng.permutation(4096)[:num_tokens]
+        assert_bitwise(kernel(x[rows], experts, ids[rows], weights[rows]), everything[rows])
+    for _ in range(100):
+        assert_bitwise(kernel(x[:65], experts, ids[:65], weights[:65]), everything[:65])
+
+
+def test_other_tokens_may_be_nan() -> None:
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 65)
+    clean = np.asarray(kernel(x, experts, ids, weights))
+    dirty = np.asarray(kernel(x.at[7].set(jnp.nan), experts, ids, weights))
+    keep = np.arange(65) != 7
+    assert_bitwise(dirty[keep], clean[keep])
+    assert np.isnan(dirty[7].astype(np.float32)).all()
+
+
+def test_fp8_tokens_are_used_as_they_are() -> None:
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 33)
+    x_fp8, x_scale = w4.quantize_fp8(x)
+    expected = kernel(x, experts, ids, weights)
+    assert_bitwise(kernel(x_fp8, experts, ids, weights, x_scale=x_scale), expected)
+
+
+def test_platform_decides_by_itself() -> None:
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 33)
+    calls = _ffi.call_count("fused_moe")
+    y = w4.fused_moe(x, experts, ids, weights)
+    assert _ffi.call_count("fused_moe") > calls
+    assert_bitwise(y, kernel(x, experts, ids, weights))
+
+
+def test_gradients_beside_the_kernel() -> None:
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 9)
+
+    def loss(x: jax.Array, weights: jax.Array, implementation: str) -> jax.Array:
+        y = w4.fused_moe(x, experts, ids, weights, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32))
+
+    for actual, expected in zip(
+        jax.grad(loss, (0, 1))(x, weights, "cuda_sm90"),
+        jax.grad(loss, (0, 1))(x, weights, "xla"),
+        strict=True,
+    ):
+        assert relative_rms(actual, expected) < 1e-5
+
+
+def test_replayed_by_cuda_graphs() -> None:
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 16)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(
+        x: jax.Array, experts: w4.PackedExperts, ids: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        for _ in range(4):
+            x = jnp.tanh(x + kernel(x, experts, ids, weights))
+        return x
+
+    for _ in range(4):
+        x = jax.block_until_ready(step(x, experts, ids, weights))
+    recorded = _ffi.call_count("fused_moe")
+    assert recorded > 0
+    for _ in range(5):
+        x = jax.block_until_ready(step(x, experts, ids, weights))
+    assert _ffi.call_count("fused_moe") == recorded
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5000, 40_000])
+def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
+    experts = _layer(SMALL[1], False)
+    x, ids, weights = _tokens(SMALL[1], num_tokens)
+    x_fp8, x_scale = w4.quantize_fp8(x)
+    needed = op.workspace_bytes(num_tokens, 3, experts)
+
+    def call(nbytes: int, **changes: float) -> None:
+        types = [
+            jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((nbytes,), jnp.uint8),
+        ]
+        empty = jnp.zeros(0, jnp.float32)
+        attributes = {"alpha": 1.0, "beta": 0.0, "limit": float("inf"), "tile_tokens": 8, **changes}
+        operands = (experts.w13.data, empty, experts.w2.data, empty, ids, weights)
+        out = _ffi.call("fused_moe", types, x_fp8, x_scale, *operands, **attributes)
+        jax.block_until_ready(out)
+
+    call(needed)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"workspace has {needed - 1} bytes"):
+        call(needed - 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no tile of 24 tokens is compiled"):
+        call(needed, tile_tokens=24)
