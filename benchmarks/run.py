@@ -1,6 +1,7 @@
 """``python -m benchmarks.run``: times every op that has a kernel; prints a table, writes JSON."""
 
 import datetime
+import functools
 import json
 import pathlib
 import subprocess
@@ -8,12 +9,16 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import jax_w4moe as w4
 from benchmarks import spec, timing
+from jax_w4moe.formats import LAYOUT_VERSION
+from jax_w4moe.formats.layout import BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
+from jax_w4moe.types import RowOrder
 
 
 def environment() -> dict[str, str]:
@@ -60,9 +65,62 @@ def quantize_fp8(bandwidth: float) -> list[dict[str, Any]]:
                 "time_us": time_us,
                 "floor_us": floor_us,
                 "ratio": time_us / floor_us,
-                "xla_us": xla_us,
+                "remark": f"plain XLA {xla_us:.2f} us",
             }
         )
+    return rows
+
+
+def packed(key: jax.Array, layer: spec.Layer) -> w4.PackedExperts:
+    """Random codes under one scale: what the kernels do does not depend on the values."""
+
+    def tensor(key: jax.Array, rows: int, columns: int, order: RowOrder) -> w4.PackedTensor:
+        grid = record_grid(rows, columns, 2 if order == "gate_up" else 1)
+        data = jax.random.bits(key, (layer.num_experts, *grid, RECORD_BYTES), jnp.uint8)
+        word = np.array([118 << 23 | 0x5555 << 3], np.uint32).view(np.uint8)
+        scales = jnp.asarray(np.tile(word, BLOCK_ROWS))
+        data = data.at[..., CODE_BYTES:].set(scales.reshape(1, 1, 1, -1))
+        exact = jnp.zeros(layer.num_experts, jnp.int32)
+        shape = (layer.num_experts, rows, columns)
+        return w4.PackedTensor(data, exact, w4.MXFP4, shape, order, LAYOUT_VERSION)
+
+    hidden, intermediate = layer.hidden_size, layer.intermediate_size
+    keys = jax.random.split(key)
+    return w4.PackedExperts(
+        tensor(keys[0], 2 * intermediate, hidden, "gate_up"),
+        tensor(keys[1], hidden, intermediate, "canonical"),
+    )
+
+
+def fused_moe(read: float, rate: float) -> list[dict[str, Any]]:
+    """The layer on uniform routing, against 5.5 us plus the touched experts' bytes or the FLOPs."""
+    rows = []
+    for layer in spec.LAYERS:
+        make = jax.jit(packed, static_argnums=1)
+        sets = [make(key, layer) for key in jax.random.split(jax.random.key(0), 3)]
+        for num_tokens in spec.NUM_TOKENS:
+            x = jax.random.normal(jax.random.key(1), (num_tokens, layer.hidden_size), jnp.bfloat16)
+            logits = jax.random.normal(jax.random.key(2), (num_tokens, layer.num_experts))
+            ids, weights = w4.topk_routing(logits, layer.top_k)
+            run = functools.partial(
+                w4.fused_moe, topk_ids=ids, topk_weights=weights, implementation="cuda_sm90"
+            )
+            time_us = timing.median_us(lambda experts, run=run, x=x: run(x, experts), sets)
+            touched = len(np.unique(np.asarray(ids)))
+            nbytes = sets[0].nbytes * touched / layer.num_experts
+            flops = 6 * ids.size * layer.hidden_size * layer.intermediate_size
+            floor_us = 5.5 + max(nbytes / read, flops / rate) * 1e6
+            rows.append(
+                {
+                    "op": "fused_moe",
+                    "case": f"{layer.name} T={num_tokens}",
+                    "time_us": time_us,
+                    "floor_us": floor_us,
+                    "ratio": time_us / floor_us,
+                    "remark": f"{touched} experts, {nbytes / time_us * 1e-6:.2f} TB/s,"
+                    f" {flops / time_us * 1e-6:.0f} TFLOPS",
+                }
+            )
     return rows
 
 
@@ -73,30 +131,25 @@ def main(
     reason = w4.why_unavailable()
     if reason:
         raise SystemExit(reason)
-    bandwidth = timing.copy_bandwidth()
-    rows = quantize_fp8(bandwidth)
+    rates = {
+        "copy TB/s": timing.copy_bandwidth() / 1e12,
+        "read TB/s": timing.read_bandwidth() / 1e12,
+        "FP8 TFLOPS": timing.fp8_rate() / 1e12,
+    }
+    rows = quantize_fp8(rates["copy TB/s"] * 1e12)
+    rows += fused_moe(rates["read TB/s"] * 1e12, rates["FP8 TFLOPS"] * 1e12)
     header = environment()
-    table = Table(
-        title=", ".join(f"{k} {v}" for k, v in header.items())
-        + f"; copy {bandwidth / 1e12:.2f} TB/s; median of {timing.REPEATS}",
-        title_justify="left",
-    )
-    for column in ("op", "case", "time us", "floor us", "ratio", "plain XLA us"):
-        table.add_column(column, justify="left" if column in ("op", "case") else "right")
+    title = ", ".join(f"{k} {v}" for k, v in header.items())
+    title += "; " + ", ".join(f"{k} {v:.2f}" for k, v in rates.items())
+    table = Table(title=f"{title}; median of {timing.REPEATS}", title_justify="left")
+    for column in ("op", "case", "time us", "floor us", "ratio", ""):
+        table.add_column(column, justify="left" if column in ("op", "case", "") else "right")
     for row in rows:
-        table.add_row(
-            row["op"],
-            row["case"],
-            f"{row['time_us']:.2f}",
-            f"{row['floor_us']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['xla_us']:.2f}",
-        )
-    Console(width=110).print(table)
+        figures = (f"{row[name]:.2f}" for name in ("time_us", "floor_us", "ratio"))
+        table.add_row(row["op"], row["case"], *figures, row["remark"])
+    Console(width=120).print(table)
     if output:
-        output.write_text(
-            json.dumps({**header, "copy_bandwidth": bandwidth, "rows": rows}, indent=1)
-        )
+        output.write_text(json.dumps({**header, **rates, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

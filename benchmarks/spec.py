@@ -17,3 +17,21 @@ QUANTIZE = tuple(
     for model, hidden in (("gpt-oss", 2880), ("deepseek-v4-flash", 4096), ("deepseek-r1", 7168))
     for num_tokens in (1, 16, 256, 8192)
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A whole MoE layer on one GPU."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+
+LAYERS = (
+    Layer("deepseek-v4-flash", 4096, 2048, 256, 6),
+    Layer("gpt-oss-120b", 2880, 2880, 128, 4),
+)
+NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 8192)

@@ -51,3 +51,25 @@ def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a plain elementwise kernel over 1 GiB."""
     inputs = [jnp.ones(1 << 28, jnp.float32) for _ in range(2)]
     return 2 * inputs[0].nbytes / (median_us(lambda x: x + 1, inputs) * 1e-6)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a plain reduction over 1 GiB."""
+    inputs = [jnp.ones(1 << 28, jnp.int32) for _ in range(2)]
+    return inputs[0].nbytes / (median_us(jnp.max, inputs) * 1e-6)
+
+
+def fp8_rate() -> float:
+    """FLOP/s of XLA's (cuBLASLt's) FP8 matrix product at 8,192."""
+    n = 8192
+    inputs = [
+        jax.random.normal(key, (2, n, n), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+        for key in jax.random.split(jax.random.key(0), 2)
+    ]
+
+    def product(pair: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            pair[0], pair[1], (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
+        )
+
+    return 2 * n**3 / (median_us(product, inputs) * 1e-6)
