@@ -67,4 +67,22 @@ ffi::Error CheckShape(const char* op, const char* name, ffi::AnyBuffer buffer,
   return ffi::Error::Success();
 }
 
+ffi::Error CheckWorkspace(const char* op, ffi::AnyBuffer workspace, int64_t needed) {
+  if (workspace.dimensions()[0] < needed) {
+    return InvalidArgument(op, ": workspace has ", workspace.dimensions()[0], " bytes, needs ",
+                           needed, "; call the op through jax_w4moe, which sizes it");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckAligned(const char* op, std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 128) {
+      return InvalidArgument(op, ": an operand at ", pointer,
+                             " is not aligned to 128 bytes; pass whole arrays");
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace jax_w4moe

@@ -20,4 +20,10 @@ xla::ffi::Error CheckType(const char* op, const char* name, xla::ffi::AnyBuffer 
 xla::ffi::Error CheckShape(const char* op, const char* name, xla::ffi::AnyBuffer buffer,
                            std::initializer_list<int64_t> expected);
 
+// The workspace must have `needed` bytes.
+xla::ffi::Error CheckWorkspace(const char* op, xla::ffi::AnyBuffer workspace, int64_t needed);
+
+// Buffers that bulk copies read start at 128 bytes.
+xla::ffi::Error CheckAligned(const char* op, std::initializer_list<const void*> pointers);
+
 }  // namespace jax_w4moe

@@ -99,10 +99,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
     JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "w2_bias", w2_bias, {experts, p.hidden_size}));
   }
   const int64_t needed = tokens ? FusedMoeWorkspaceBytes(p) : 0;
-  if (workspace->dimensions()[0] < needed) {
-    return InvalidArgument(kName, ": workspace has ", workspace->dimensions()[0], " bytes, needs ",
-                           needed, "; call the op through jax_w4moe, which sizes it");
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.x = x.untyped_data();
   p.x_scale = static_cast<const float*>(x_scale.untyped_data());
   p.w13 = w13.untyped_data();
@@ -113,12 +110,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
   p.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
   p.y = y->untyped_data();
   p.workspace = workspace->untyped_data();
-  for (const void* pointer : {p.x, p.w13, p.w2, static_cast<const void*>(p.workspace)}) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 128) {
-      return InvalidArgument(kName, ": an operand at ", pointer,
-                             " is not aligned to 128 bytes; pass whole arrays");
-    }
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckAligned(kName, {p.x, p.w13, p.w2, p.workspace}));
   return FromCuda(LaunchFusedMoe(p, stream), kName, "the kernel launches");
 }
 

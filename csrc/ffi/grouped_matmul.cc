@@ -69,22 +69,14 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
                            " tokens is compiled; call the op through jax_w4moe, which knows them");
   }
   const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_tokens, p.num_experts, p.k_blocks);
-  if (workspace->dimensions()[0] < needed) {
-    return InvalidArgument(kName, ": workspace has ", workspace->dimensions()[0], " bytes, needs ",
-                           needed, "; call the op through jax_w4moe, which sizes it");
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.lhs = lhs.untyped_data();
   p.x_scale = static_cast<const float*>(x_scale.untyped_data());
   p.records = records.untyped_data();
   p.group_sizes = static_cast<const int*>(group_sizes.untyped_data());
   p.out = out->untyped_data();
   p.workspace = workspace->untyped_data();
-  for (const void* pointer : {p.lhs, p.records, static_cast<const void*>(p.workspace)}) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 128) {
-      return InvalidArgument(kName, ": an operand at ", pointer,
-                             " is not aligned to 128 bytes; pass whole arrays");
-    }
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckAligned(kName, {p.lhs, p.records, p.workspace}));
   return FromCuda(LaunchGroupedMatmul(p, stream), kName, "the kernel launches");
 }
 
