@@ -13,6 +13,7 @@ from jax import Array
 from jax_w4moe import checks
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
+from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import pack_experts, quantize_experts
 from jax_w4moe.routing import topk_routing
@@ -370,7 +371,7 @@ def _random_experts(
         exact = jnp.zeros(num_experts, jnp.int32)
         w13_shape = (num_experts, 2 * intermediate, hidden)
         w2_shape = (num_experts, hidden, intermediate)
-        w13_bias = jnp.zeros((*w13.shape[:2], 64), jnp.float32) if use_bias else None
+        w13_bias = jnp.zeros((*w13.shape[:2], BLOCK_ROWS), jnp.float32) if use_bias else None
         w2_bias = jnp.zeros((num_experts, hidden), jnp.float32) if use_bias else None
         return PackedExperts(
             PackedTensor(w13, exact, format, w13_shape, "gate_up", LAYOUT_VERSION),

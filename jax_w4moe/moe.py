@@ -224,6 +224,11 @@ def _as_array(x_scale: Array | float | None) -> Array | None:
     return jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
 
 
+def _fp8_cuda(x: Array, x_scale: Array | None) -> tuple[Array, Array]:
+    """FP8 rows and their scales, quantised here unless they came so."""
+    return quantize_fp8_cuda(x) if x_scale is None else (x, x_scale)
+
+
 def _per_row(x: Array, x_scale: Array | None) -> Array | None:
     """One scale per row, so that a batch axis can be folded into rows."""
     if x_scale is None or x_scale.ndim:
@@ -246,9 +251,7 @@ def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jn
         )
 
     def cuda(tokens: _Tokens, experts: PackedExperts) -> Array:
-        x, x_scale = tokens.x, tokens.x_scale
-        if x_scale is None:
-            x, x_scale = quantize_fp8_cuda(x)
+        x, x_scale = _fp8_cuda(tokens.x, tokens.x_scale)
         return fused_moe_cuda(x, x_scale, experts, tokens.topk_ids, tokens.topk_weights, activation)
 
     def run(tokens: _Tokens, experts: PackedExperts) -> Array:
@@ -304,9 +307,7 @@ def _grouped_matmul(
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        rows, x_scale = tokens
-        if x_scale is None:
-            rows, x_scale = quantize_fp8_cuda(rows)
+        rows, x_scale = _fp8_cuda(*tokens)
         return grouped_matmul_cuda(rows, x_scale, *fixed, out_dtype)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:

@@ -15,8 +15,8 @@ from jax_w4moe.formats.layout import (
     BLOCK_K,
     BLOCK_ROWS,
     codes_from_record,
+    padded_rows,
     record_from_codes,
-    round_up,
 )
 from jax_w4moe.types import (
     ExpertWeights,
@@ -208,8 +208,8 @@ def _pack(q: QuantizedTensor, row_order: RowOrder) -> tuple[Array, Array]:
         nibbles = einops.rearrange(_pad_gate_up(nibbles), _GATE_UP[0], **_GATE_UP[1])
         scales = einops.rearrange(_pad_gate_up(scales), _GATE_UP[0], **_GATE_UP[1])
     else:
-        nibbles = _pad(nibbles, 1, -nibbles.shape[1] % BLOCK_ROWS)
-        scales = _pad(scales, 1, -scales.shape[1] % BLOCK_ROWS)
+        pad_rows = padded_rows(nibbles.shape[1]) - nibbles.shape[1]
+        nibbles, scales = _pad(nibbles, 1, pad_rows), _pad(scales, 1, pad_rows)
     words, inexact = q.format.scale_words(nibbles, scales)
     return record_from_codes(nibbles, words, q.format.k_order), jnp.sum(inexact, axis=(1, 2))
 
@@ -248,7 +248,7 @@ def _pad_gate_up(array: Array) -> Array:
     """[E, 2I, ...] -> [E, 2 * round_up(I, 128), ...], each half padded by itself."""
     half = array.shape[1] // 2
     halves = array.reshape(array.shape[0], 2, half, *array.shape[2:])
-    padded = _pad(halves, 2, round_up(half, BLOCK_K) - half)
+    padded = _pad(halves, 2, padded_rows(array.shape[1], halves=2) // 2 - half)
     return padded.reshape(array.shape[0], -1, *array.shape[2:])
 
 

@@ -3,6 +3,7 @@
 // topk_weights f32[T, k] -> y bf16[T, H], workspace u8[bytes].
 #include "launch/fused_moe.h"
 
+#include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
 #include "ffi/error.h"
@@ -15,7 +16,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr char kName[] = "fused_moe";
-constexpr int64_t kRecordBytes = 4352;
 
 std::atomic<int64_t> calls{0};
 
@@ -30,7 +30,7 @@ const float* Bias(ffi::AnyBuffer bias) {
 }
 
 ffi::Error CheckSizes(const FusedMoeParams& p) {
-  if (p.num_experts < 1 || p.num_experts > 1024 || p.top_k < 1 || p.top_k > 32) {
+  if (p.num_experts < 1 || p.num_experts > kMaxExperts || p.top_k < 1 || p.top_k > 32) {
     return InvalidArgument(kName, ": E=", p.num_experts, " (1 to 1024) or k=", p.top_k,
                            " (1 to 32) is out of range; use fewer");
   }

@@ -2,6 +2,7 @@
 // group_sizes s32[E] -> out bf16|f32[M, N], workspace u8[bytes].
 #include "launch/grouped_matmul.h"
 
+#include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
 #include "ffi/error.h"
@@ -45,13 +46,12 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   p.tile_tokens = tile_tokens;
   p.gate_up = gate_up;
   p.out_is_f32 = out_is_f32;
-  constexpr int64_t kRecordBytes = 4352;
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "records", records,
                                        {p.num_experts, p.row_blocks, p.k_blocks, kRecordBytes}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "x_scale", x_scale, {p.num_tokens, 1}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "group_sizes", group_sizes, {p.num_experts}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "out", *out, {p.num_tokens, p.num_rows}));
-  if (p.num_experts < 1 || p.num_experts > 1024 || p.num_tokens > (int64_t{1} << 24)) {
+  if (p.num_experts < 1 || p.num_experts > kMaxExperts || p.num_tokens > (int64_t{1} << 24)) {
     return InvalidArgument(kName, ": E=", p.num_experts, " (1 to 1024) or M=", p.num_tokens,
                            " (up to 2^24) is out of range; split the call");
   }

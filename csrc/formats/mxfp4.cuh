@@ -5,13 +5,10 @@
 
 #include <cstdint>
 
+#include "common/limits.h"
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
-
-inline constexpr int kRecordRows = 64;
-inline constexpr int kRecordK = 128;
-inline constexpr int kRecordBytes = 4096 + 256;
 
 struct Mxfp4 {
   // 16 rows of 8 bytes: row `index` holds E4M3 of the eight magnitudes times 2^(index - 9); row 0,

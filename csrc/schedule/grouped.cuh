@@ -7,9 +7,10 @@
 
 #include <cstdint>
 
+#include "common/limits.h"
+
 namespace jax_w4moe {
 
-inline constexpr int kMaxExperts = 1024;
 inline constexpr int kTokenAtom = 8;  // tokens are padded per expert to whole swizzle atoms
 
 // Per-expert numbers, written by the plan kernel; each array has kMaxExperts entries (the last two

@@ -39,17 +39,18 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def record_grid(rows: int, columns: int, halves: int = 1) -> tuple[int, int]:
-    """(row_blocks, K_blocks) of a projection of ``rows`` x ``columns``.
+def padded_rows(rows: int, halves: int = 1) -> int:
+    """Rows of a packed projection.
 
     Two halves (gate and up) are padded to 128 rows each, so that four row blocks of w13 always
     belong to one K-block of w2.
     """
-    if halves > 1:
-        padded_rows = halves * round_up(rows // halves, BLOCK_K)
-    else:
-        padded_rows = round_up(rows, BLOCK_ROWS)
-    return padded_rows // BLOCK_ROWS, round_up(columns, BLOCK_K) // BLOCK_K
+    return halves * round_up(rows // halves, BLOCK_K) if halves > 1 else round_up(rows, BLOCK_ROWS)
+
+
+def record_grid(rows: int, columns: int, halves: int = 1) -> tuple[int, int]:
+    """(row_blocks, K_blocks) of a projection of ``rows`` x ``columns``."""
+    return padded_rows(rows, halves) // BLOCK_ROWS, round_up(columns, BLOCK_K) // BLOCK_K
 
 
 def record_from_codes(

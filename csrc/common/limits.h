@@ -1,0 +1,13 @@
+// Sizes that handlers check and kernels are written for.
+#pragma once
+
+namespace jax_w4moe {
+
+// A packed record, of every format: 64 rows x 128 of K (docs/layout.md).
+inline constexpr int kRecordRows = 64;
+inline constexpr int kRecordK = 128;
+inline constexpr int kRecordBytes = 4096 + 256;
+
+inline constexpr int kMaxExperts = 1024;
+
+}  // namespace jax_w4moe
