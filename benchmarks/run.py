@@ -16,8 +16,10 @@ from rich.table import Table
 
 import jax_w4moe as w4
 from benchmarks import spec, timing
+from jax_w4moe import roofline
 from jax_w4moe.formats import LAYOUT_VERSION
 from jax_w4moe.formats.layout import BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
+from jax_w4moe.timing import REPEATS, median_us
 from jax_w4moe.types import RowOrder
 
 
@@ -46,7 +48,7 @@ def quantize_fp8(bandwidth: float) -> list[dict[str, Any]]:
     """Kernel against its floor: a launch on 8 elements, and its bytes (3 per element) copied."""
     rows = []
     tiny = [jnp.ones((1, 8), jnp.bfloat16) for _ in range(timing.MAX_INPUTS)]
-    launch_us = timing.median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), tiny)
+    launch_us = median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), tiny)
     for case in spec.QUANTIZE:
         shape = (case.num_tokens, case.hidden_size)
 
@@ -55,8 +57,8 @@ def quantize_fp8(bandwidth: float) -> list[dict[str, Any]]:
 
         elements = case.num_tokens * case.hidden_size
         inputs = timing.rotating_inputs(tokens, 2 * elements)
-        time_us = timing.median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), inputs)
-        xla_us = timing.median_us(lambda x: w4.quantize_fp8(x, implementation="xla"), inputs)
+        time_us = median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), inputs)
+        xla_us = median_us(lambda x: w4.quantize_fp8(x, implementation="xla"), inputs)
         floor_us = launch_us + 3 * elements / bandwidth * 1e6
         rows.append(
             {
@@ -92,8 +94,8 @@ def packed(key: jax.Array, layer: spec.Layer) -> w4.PackedExperts:
     )
 
 
-def fused_moe(read: float, rate: float) -> list[dict[str, Any]]:
-    """The layer on uniform routing, against 5.5 us plus the touched experts' bytes or the FLOPs."""
+def fused_moe() -> list[dict[str, Any]]:
+    """The layer on uniform routing, against jax_w4moe.roofline."""
     rows = []
     for layer in spec.LAYERS:
         make = jax.jit(packed, static_argnums=1)
@@ -105,11 +107,11 @@ def fused_moe(read: float, rate: float) -> list[dict[str, Any]]:
             run = functools.partial(
                 w4.fused_moe, topk_ids=ids, topk_weights=weights, implementation="cuda_sm90"
             )
-            time_us = timing.median_us(lambda experts, run=run, x=x: run(x, experts), sets)
+            time_us = median_us(lambda experts, run=run, x=x: run(x, experts), sets)
             touched = len(np.unique(np.asarray(ids)))
             nbytes = sets[0].nbytes * touched / layer.num_experts
-            flops = 6 * ids.size * layer.hidden_size * layer.intermediate_size
-            floor_us = 5.5 + max(nbytes / read, flops / rate) * 1e6
+            flops = roofline.layer_flops(ids.size, layer.hidden_size, layer.intermediate_size)
+            floor_us = roofline.floor_us(nbytes, flops)
             rows.append(
                 {
                     "op": "fused_moe",
@@ -117,7 +119,8 @@ def fused_moe(read: float, rate: float) -> list[dict[str, Any]]:
                     "time_us": time_us,
                     "floor_us": floor_us,
                     "ratio": time_us / floor_us,
-                    "remark": f"{touched} experts, {nbytes / time_us * 1e-6:.2f} TB/s,"
+                    "remark": f"{touched} experts, {nbytes / time_us * 1e-6:.2f} TB/s"
+                    f" = {nbytes / time_us * 1e8 / roofline.READ_BYTES_PER_S:.0f} % of read,"
                     f" {flops / time_us * 1e-6:.0f} TFLOPS",
                 }
             )
@@ -137,11 +140,11 @@ def main(
         "FP8 TFLOPS": timing.fp8_rate() / 1e12,
     }
     rows = quantize_fp8(rates["copy TB/s"] * 1e12)
-    rows += fused_moe(rates["read TB/s"] * 1e12, rates["FP8 TFLOPS"] * 1e12)
+    rows += fused_moe()
     header = environment()
     title = ", ".join(f"{k} {v}" for k, v in header.items())
     title += "; " + ", ".join(f"{k} {v:.2f}" for k, v in rates.items())
-    table = Table(title=f"{title}; median of {timing.REPEATS}", title_justify="left")
+    table = Table(title=f"{title}; median of {REPEATS}", title_justify="left")
     for column in ("op", "case", "time us", "floor us", "ratio", ""):
         table.add_column(column, justify="left" if column in ("op", "case", "") else "right")
     for row in rows:

@@ -1,44 +1,13 @@
-"""Timing on a GPU through JAX: many calls per measurement, the median of many measurements.
+"""Inputs that are cold in L2, and the rates of plain XLA that the tables name."""
 
-A measurement is one jitted program that loops over a set of inputs, so the host's share vanishes.
-The set is larger than the L2 cache several times over where the op's own size allows it; small
-activations stay in L2, as they do between the ops of a model.
-"""
-
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-COLD_BYTES = 512 << 20  # the largest L2 of a Hopper GPU is 60 MB
+from jax_w4moe.timing import COLD_BYTES, median_us
+
 MAX_INPUTS = 32
-CALLS = 1024
-REPEATS = 30
-
-
-def median_us(op: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
-    """Microseconds per call of ``op``, the median over 30 measurements."""
-    rounds = max(2, min(CALLS, COLD_BYTES * 64 // max(inputs[0].nbytes, 1)) // len(inputs))
-
-    @jax.jit
-    def measurement(inputs: Sequence[Any]) -> list[Any]:
-        def round_of_calls(i: jax.Array, _: list[Any]) -> list[Any]:
-            # The barrier ties the inputs to i: without it XLA would call op once, before the loop.
-            _, fresh = jax.lax.optimization_barrier((i, list(inputs)))
-            return [op(x) for x in fresh]
-
-        return jax.lax.fori_loop(0, rounds, round_of_calls, [op(x) for x in inputs])
-
-    jax.block_until_ready(measurement(inputs))
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(measurement(inputs))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) / ((rounds + 1) * len(inputs)) * 1e6
 
 
 def rotating_inputs(make: Callable[[jax.Array], jax.Array], nbytes: int) -> list[jax.Array]:

@@ -6,6 +6,7 @@ from typing import Any
 from jax_w4moe import _ffi, reference
 from jax_w4moe._ffi import build_info, is_available, why_unavailable
 from jax_w4moe.activations import SwiGLU
+from jax_w4moe.explain import explain, workspace_bytes
 from jax_w4moe.formats import MXFP4, WeightFormat
 from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
 from jax_w4moe.packing import (
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint",
     "dequantize_experts",
     "expert_mlp",
+    "explain",
     "flax",
     "fused_moe",
     "grouped_matmul",
@@ -47,6 +49,7 @@ __all__ = [
     "unpack",
     "unpack_experts",
     "why_unavailable",
+    "workspace_bytes",
 ]
 
 DISABLE_JAX_EXPORT_CHECKS = _ffi.disable_export_checks()

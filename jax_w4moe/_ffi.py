@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_w4moe.formats.layout import LAYOUT_VERSION
 
-OPS = ("fused_moe", "grouped_matmul", "quantize_fp8")
+OPS = ("expert_mlp", "fused_moe", "grouped_matmul", "quantize_fp8")
 """Every op of this version, compiled in or not."""
 
 COMPUTE_CAPABILITY = "9.0"

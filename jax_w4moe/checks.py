@@ -259,6 +259,17 @@ def activations(x: Any, x_scale: Any, rank: int | None, contraction: int, what: 
         )
 
 
+def sizes(num_tokens: int, top_k: int, num_experts: int) -> None:
+    """Checks T and k of ``fused_moe``."""
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens={num_tokens} is below 0; pass how many tokens there are.")
+    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
+        raise ValueError(
+            f"topk_ids: k={top_k} is not in 1..{min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K},"
+            f" and the weights hold E={num_experts} experts); lower k."
+        )
+
+
 def routes(x: Any, topk_ids: Any, topk_weights: Any, num_experts: int) -> None:
     """Checks the routing arrays of ``fused_moe``."""
     _array("topk_ids", topk_ids, 2, "i32[T, k]")
@@ -274,11 +285,7 @@ def routes(x: Any, topk_ids: Any, topk_weights: Any, num_experts: int) -> None:
             " less, cast them where they are made."
         )
     k = topk_ids.shape[1]
-    if not 1 <= k <= min(MAX_TOP_K, num_experts):
-        raise ValueError(
-            f"topk_ids: k={k} is not in 1..{min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K}, and"
-            f" the weights hold E={num_experts} experts); lower k."
-        )
+    sizes(x.shape[0], k, num_experts)
     _shape("topk_ids", topk_ids, (x.shape[0], k), f"x has T={x.shape[0]} tokens")
     _shape("topk_weights", topk_weights, (x.shape[0], k), "one weight per id in topk_ids")
 

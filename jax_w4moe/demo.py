@@ -22,11 +22,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from rich.text import Text
 
-from jax_w4moe import checkpoint, implementation
+from jax_w4moe import checkpoint, implementation, roofline
 from jax_w4moe.checkpoint.base import detect
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.flax import FusedMoE
+from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import quantize_experts
+from jax_w4moe.routing import topk_routing
+from jax_w4moe.timing import median_us
 from jax_w4moe.types import QuantizedTensor
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -59,6 +62,7 @@ class Result:
       relative_error: RMS of the difference over RMS of the float64 result; the worst layer.
       tokens: in a batch.
       tokens_per_second: the median over batches, through all layers.
+      kernel: microseconds of one layer's fused_moe and its floor; None without the kernels.
     """
 
     device: str
@@ -70,6 +74,7 @@ class Result:
     relative_error: float
     tokens: int
     tokens_per_second: float
+    kernel: tuple[float, float] | None
 
 
 def run(
@@ -131,6 +136,7 @@ def run(
         relative_error=error,
         tokens=tokens,
         tokens_per_second=rate,
+        kernel=_kernel(modules, tokens) if name == "cuda_sm90" else None,
     )
 
 
@@ -161,6 +167,12 @@ def table(result: Result) -> Table:
         f"{result.tokens_per_second:,.0f} on {jax.default_backend().upper()}, through all layers,"
         f" in batches of {result.tokens}",
     )
+    if result.kernel:
+        time_us, floor = result.kernel
+        shown.add_row(
+            "fused_moe",
+            f"{time_us:.1f} us per layer, floor {floor:.1f} us, ratio {time_us / floor:.2f}",
+        )
     return shown
 
 
@@ -248,6 +260,19 @@ def _tokens_per_second(
         _forward(modules, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return tokens / statistics.median(seconds)
+
+
+def _kernel(modules: tuple[FusedMoE, ...], tokens: int) -> tuple[float, float]:
+    """Microseconds of fused_moe on uniform routing, layer after layer, and the floor."""
+    experts = [module.experts for module in modules]
+    first, top_k = experts[0], modules[0].top_k
+    key = jax.random.key(3)
+    x = jax.random.normal(key, (tokens, first.hidden_size), jnp.bfloat16)
+    ids, weights = topk_routing(jax.random.normal(key, (tokens, first.num_experts)), top_k)
+    time_us = median_us(lambda packed: fused_moe(x, packed, ids, weights), experts, calls=64)
+    touched = len(np.unique(np.asarray(ids))) / first.num_experts
+    flops = roofline.layer_flops(ids.size, first.hidden_size, first.intermediate_size)
+    return time_us, roofline.floor_us(first.nbytes * touched, flops)
 
 
 def _relative_error(

@@ -1,14 +1,23 @@
 """``python -m jax_w4moe doctor``: what is installed, what runs here, and why not the rest."""
 
+import functools
 import importlib.metadata
 import platform
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from jax_w4moe import _ffi, implementation
+from jax_w4moe import _ffi, implementation, roofline
+from jax_w4moe.formats import MXFP4
+from jax_w4moe.moe import fused_moe
+from jax_w4moe.packing import pack_experts
+from jax_w4moe.routing import topk_routing
+from jax_w4moe.timing import median_us
+from jax_w4moe.types import ExpertWeights, QuantizedTensor
 
 _EXTRAS = {"flax": ("flax", "orbax-checkpoint"), "checkpoint": ("safetensors",)}
 
@@ -33,8 +42,50 @@ def rows() -> list[tuple[str, str]]:
         ("ops with kernels", ", ".join(sorted(_ffi.targets())) or "none"),
         ("fused_moe runs as", _fused_moe()),
         ("the kernels", _ffi.why_unavailable() or "can run here."),
+        *measurements(),
         *((f"extra [{name}]", _extra(name)) for name in _EXTRAS),
     ]
+
+
+def measurements() -> list[tuple[str, str]]:
+    """Times of a layer of 32 experts, where the kernels can run; else nothing."""
+    if _ffi.why_unavailable():
+        return []
+    num_experts, hidden, intermediate, top_k = 32, 4096, 2048, 6
+    keys = jax.random.split(jax.random.key(0), 4)
+    experts = pack_experts(
+        ExpertWeights(
+            _random(keys[0], num_experts, 2 * intermediate, hidden),
+            _random(keys[1], num_experts, hidden, intermediate),
+        )
+    )
+    result = []
+    for num_tokens in (1, 16, 4096):
+        x = jax.random.normal(keys[2], (num_tokens, hidden), jnp.bfloat16)
+        logits = jax.random.normal(keys[3], (num_tokens, num_experts))
+        ids, weights = topk_routing(logits, top_k)
+        call = functools.partial(fused_moe, experts=experts, topk_ids=ids, topk_weights=weights)
+        time_us = median_us(call, [x, x + x], calls=64, repeats=9)
+        touched = len(np.unique(np.asarray(ids)))
+        floor_us = roofline.floor_us(
+            experts.nbytes * touched / num_experts,
+            roofline.layer_flops(ids.size, hidden, intermediate),
+        )
+        result.append(
+            (
+                f"fused_moe, T={num_tokens}",
+                f"{time_us:.1f} us, floor {floor_us:.1f} us, ratio {time_us / floor_us:.2f}"
+                f" (H={hidden}, I={intermediate}, {touched} of {num_experts} experts)",
+            )
+        )
+    return result
+
+
+def _random(key: jax.Array, num_experts: int, rows: int, columns: int) -> QuantizedTensor:
+    """Random codes under one scale: the time does not depend on the values."""
+    codes = jax.random.bits(key, (num_experts, rows, columns // 2), jnp.uint8)
+    scales = jnp.full((num_experts, rows, columns // MXFP4.group_size), 118, jnp.uint8)
+    return QuantizedTensor(codes, scales, MXFP4)
 
 
 def _version(package: str) -> str | None:

@@ -3,19 +3,20 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jax_w4moe import _ffi
 
 Choice = Literal["xla", "cuda_sm90", "both"]
 
 
-def choose(op: str, requested: str | None, unsupported: str | None = None) -> Choice:
+def choose(op: str, requested: str | None, act_dtype: Any = jnp.float8_e4m3fn) -> Choice:
     """Chooses how an op runs.
 
     Args:
       op: the op's name, e.g. "fused_moe".
       requested: the caller's ``implementation``: None, "xla" or "cuda_sm90".
-      unsupported: what of this call the op's kernel does not do, e.g. "act_dtype=bfloat16".
+      act_dtype: what activations are rounded to; the kernels take float8_e4m3fn only.
 
     Returns:
       "xla"; "cuda_sm90"; or "both", when the platform that the program is lowered for decides
@@ -33,6 +34,8 @@ def choose(op: str, requested: str | None, unsupported: str | None = None) -> Ch
         )
     if requested == "xla":
         return "xla"
+    dtype = jnp.dtype(act_dtype)
+    unsupported = None if dtype == jnp.float8_e4m3fn else f"act_dtype={dtype}"
     if requested == "cuda_sm90":
         reason = _ffi.why_unavailable()
         if reason:

@@ -9,6 +9,7 @@ from jax import Array
 from jax_w4moe import checks, reference
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
+from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
 from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
@@ -86,7 +87,7 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
-    choice = implementations.choose("fused_moe", implementation, _unsupported(act_dtype))
+    choice = implementations.choose("fused_moe", implementation, act_dtype)
     op = _fused_moe(choice, activation, jnp.dtype(act_dtype))
     return op(_Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights), experts)
 
@@ -127,8 +128,8 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    implementations.choose("expert_mlp", implementation)
-    op = _expert_mlp(activation, jnp.dtype(act_dtype))
+    choice = implementations.choose("expert_mlp", implementation, act_dtype)
+    op = _expert_mlp(choice, activation, jnp.dtype(act_dtype))
     return op(_Rows(rows, _per_row(rows, x_scale)), (experts, group_sizes))
 
 
@@ -167,7 +168,7 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    choice = implementations.choose("grouped_matmul", implementation, _unsupported(act_dtype))
+    choice = implementations.choose("grouped_matmul", implementation, act_dtype)
     op = _grouped_matmul(choice, jnp.dtype(act_dtype), out_dtype)
     return op(_Rows(lhs, _per_row(lhs, x_scale)), (rhs, group_sizes))
 
@@ -214,19 +215,9 @@ class _Row(NamedTuple):
     x: Array
 
 
-def _unsupported(act_dtype: Any) -> str | None:
-    dtype = jnp.dtype(act_dtype)
-    return None if dtype == jnp.float8_e4m3fn else f"act_dtype={dtype}"
-
-
 def _as_array(x_scale: Array | float | None) -> Array | None:
     """A Python number is a scale for all rows."""
     return jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
-
-
-def _fp8_cuda(x: Array, x_scale: Array | None) -> tuple[Array, Array]:
-    """FP8 rows and their scales, quantised here unless they came so."""
-    return quantize_fp8_cuda(x) if x_scale is None else (x, x_scale)
 
 
 def _per_row(x: Array, x_scale: Array | None) -> Array | None:
@@ -251,8 +242,8 @@ def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jn
         )
 
     def cuda(tokens: _Tokens, experts: PackedExperts) -> Array:
-        x, x_scale = _fp8_cuda(tokens.x, tokens.x_scale)
-        return fused_moe_cuda(x, x_scale, experts, tokens.topk_ids, tokens.topk_weights, activation)
+        x, x_scale, ids, weights = tokens
+        return fused_moe_cuda(x, x_scale, experts, ids, weights, activation)
 
     def run(tokens: _Tokens, experts: PackedExperts) -> Array:
         return implementations.run(choice, cuda, xla, tokens, experts)
@@ -274,8 +265,8 @@ def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jn
 
 
 @functools.cache
-def _expert_mlp(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
-    def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
+def _expert_mlp(choice: implementations.Choice, activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+    def xla(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         return reference.expert_mlp(
             tokens.rows,
             *fixed,
@@ -284,6 +275,12 @@ def _expert_mlp(activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
             act_dtype=act_dtype,
             mode="mirrored",
         )
+
+    def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
+        return expert_mlp_cuda(*tokens, *fixed, activation)
+
+    def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
+        return implementations.run(choice, cuda, xla, tokens, fixed)
 
     def backward(
         tokens: _Rows, fixed: tuple[PackedExperts, Array], cotangent: Array
@@ -307,8 +304,7 @@ def _grouped_matmul(
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        rows, x_scale = _fp8_cuda(*tokens)
-        return grouped_matmul_cuda(rows, x_scale, *fixed, out_dtype)
+        return grouped_matmul_cuda(*tokens, *fixed, out_dtype)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         return implementations.run(choice, cuda, xla, tokens, fixed)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-100
@@ -21,7 +21,7 @@ class PerToken:
 
 
 def quantize_per_token(
-    x: BFloat16[Array, "*rows H"],
+    x: Float[Array, "*rows H"],
 ) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """Quantises rows to E4M3, saturating, one scale per row.
 
@@ -31,54 +31,23 @@ def quantize_per_token(
     NaN and the rest of its row zero, with an infinite scale.
 
     Args:
-      x: rows to quantise; H may be 0.
+      x: rows to quantise, bf16 or f32 that holds bf16 values; H may be 0.
 
     Returns:
       (x_fp8, x_scale).
     """
     values = x.astype(jnp.float32)
-    amax_bits = _amax_bits(values)
-    return _quantize(values, amax_bits, _inverse(amax_bits))
+    bits = jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
+    smallest = jnp.float32(SMALLEST_AMAX).view(jnp.int32)
+    amax_bits = jnp.max(bits, axis=-1, keepdims=True, initial=smallest)
+    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
+    scaled = jnp.clip(values * _inverse(amax_bits), -E4M3_MAX, E4M3_MAX)
+    return scaled.astype(jnp.float8_e4m3fn), amax * jnp.float32(1.0 / E4M3_MAX)
 
 
 def round_to_bf16(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """Rounds to bf16, staying in f32. XLA drops a conversion there and back; this it must keep."""
     return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
-
-
-def round_and_quantize(
-    h: Float32[Array, "*rows I"],
-) -> tuple[Float8e4m3fn[Array, "*rows I"], Float32[Array, "*rows 1"]]:
-    """Rounds to bf16, then quantises with the amax of the values before that rounding.
-
-    An f32 amax moves little with the last bits of h, so that an implementation that adds in another
-    order gives nearly the same scale; a bf16 one would jump by up to 2**-7.
-
-    Args:
-      h: rows in f32.
-
-    Returns:
-      (h_fp8, h_scale), by the rule of :func:`quantize_per_token`.
-    """
-    amax_bits = _amax_bits(h)
-    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
-    return _quantize(round_to_bf16(h), amax_bits, E4M3_MAX / amax)
-
-
-def _amax_bits(values: Float32[Array, "*rows H"]) -> Int32[Array, "*rows 1"]:
-    bits = jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
-    smallest = jnp.float32(SMALLEST_AMAX).view(jnp.int32)
-    return jnp.max(bits, axis=-1, keepdims=True, initial=smallest)
-
-
-def _quantize(
-    values: Float32[Array, "*rows H"],
-    amax_bits: Int32[Array, "*rows 1"],
-    inverse: Float32[Array, "*rows 1"],
-) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
-    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
-    scaled = jnp.clip(values * inverse, -E4M3_MAX, E4M3_MAX)
-    return scaled.astype(jnp.float8_e4m3fn), amax * jnp.float32(1.0 / E4M3_MAX)
 
 
 def _inverse(amax_bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.packing import canonical_rows, dequantize_expert, pack_experts
-from jax_w4moe.quantization import quantize_per_token, round_and_quantize, round_to_bf16
+from jax_w4moe.quantization import quantize_per_token, round_to_bf16
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 Mode = Literal["exact", "mirrored"]
@@ -291,7 +291,7 @@ def _mlp(
     if mode == "exact":
         return _matmul(h, expert.w2) + expert.w2_bias
     if jnp.dtype(act_dtype) == jnp.float8_e4m3fn:
-        h, h_scale = round_and_quantize(h)  # R3, R4
+        h, h_scale = quantize_per_token(round_to_bf16(h))  # R3, R4
     else:
         h, h_scale = round_to_bf16(h), jnp.ones_like(x_scale)  # R3
     return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(jnp.bfloat16)  # R5

@@ -10,7 +10,9 @@ import pytest
 import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.ops import fused_moe as op
-from tests.helpers import data
+from jax_w4moe.ops.experts import attributes, or_nothing
+from jax_w4moe.ops.experts import operands as expert_operands
+from tests.helpers import data, sm_holder
 from tests.helpers.compare import MIRRORED_RMS, as_float64, assert_bitwise, relative_rms
 
 pytestmark = pytest.mark.gpu
@@ -120,8 +122,76 @@ def test_a_token_is_bitwise_the_same_in_every_batch(shape: tuple[int, int, int, 
     for num_tokens in (1, 8, 9, 64, 65, 512, 4096):
         rows = rng.permutation(4096)[:num_tokens]
         assert_bitwise(kernel(x[rows], experts, ids[rows], weights[rows]), everything[rows])
-    for _ in range(100):
-        assert_bitwise(kernel(x[:65], experts, ids[:65], weights[:65]), everything[:65])
+
+
+@pytest.mark.parametrize("shape", [LARGE[0], *SMALL], ids=str)
+def test_a_hundred_repeats_beside_a_tenant(
+    shape: tuple[int, int, int, int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bitwise equal, and no hang, while another stream holds 1 to 64 SMs."""
+    library = sm_holder.load(tmp_path_factory.mktemp("sm_holder"))
+    experts = _layer(shape, False)
+    calls = [_tokens(shape, num_tokens) for num_tokens in (1, 65, 2049)]
+    expected = [np.asarray(kernel(x, experts, ids, weights)) for x, ids, weights in calls]
+    for repeat in range(100):
+        with sm_holder.held(library, 1 + repeat * 63 // 99):
+            actual = [kernel(x, experts, ids, weights) for x, ids, weights in calls]
+            jax.block_until_ready(actual)
+        for one, other in zip(actual, expected, strict=True):
+            assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 700])
+def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
+    """Zeros, then NaN in every byte of E4M3, bf16 and f32; indices out of all bounds."""
+    shape = SMALL[1]
+    experts = _layer(shape, True)
+    x, ids, weights = _tokens(shape, num_tokens, "outside")
+    expected = np.asarray(kernel(x, experts, ids, weights))
+    nbytes = op.workspace_bytes(num_tokens, shape[3], experts)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def call(workspace: jax.Array) -> list[jax.Array]:
+        types = [
+            jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct(workspace.shape, jnp.uint8),
+        ]
+        attrs = attributes(w4.SwiGLU(), ids.size, shape[2])
+        operands = (x, or_nothing(None), *expert_operands(experts), ids, weights)
+        return _ffi.call("fused_moe", types, *operands, **attrs)
+
+    for byte in (0x00, 0x7F, 0xFF):
+        poison = jnp.full(nbytes, byte, jnp.uint8)
+        address = poison.unsafe_buffer_pointer()
+        y, workspace = call(poison)
+        assert workspace.unsafe_buffer_pointer() == address  # the donated buffer was the workspace
+        assert_bitwise(y, expected)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Rows x H of one call, and of one token image: 64-bit offsets everywhere."""
+    shape, num_tokens = (4096, 32, 2, 1), 2**19 + 77
+    experts = _layer(shape, True)
+    assert num_tokens * shape[0] > 2**31
+    rng = np.random.default_rng(0)
+    pattern = data.tokens(rng, 1009, shape[0])  # a prime number of different rows
+    rows = np.arange(num_tokens) % 1009
+    x = jnp.take(pattern, jnp.asarray(rows), axis=0)
+    ids = jnp.asarray(rng.integers(0, 2, (num_tokens, 1)), jnp.int32)
+    weights = jnp.ones((num_tokens, 1), jnp.float32)
+    probe = np.append(np.arange(num_tokens - 40, num_tokens), rng.integers(0, num_tokens, 60))
+    few = kernel(x[probe], experts, ids[probe], weights[probe])
+    assert_bitwise(kernel(x, experts, ids, weights)[probe], few)
+    sizes = jnp.asarray([num_tokens - 300, 300], jnp.int32)
+    grouped = w4.expert_mlp(x, experts, sizes, implementation="cuda_sm90")
+    ends = jnp.asarray([0, 1, num_tokens - 301, num_tokens - 300, num_tokens - 1])
+    expected = kernel(
+        x[ends],
+        experts,
+        (ends >= num_tokens - 300)[:, None].astype(jnp.int32),
+        jnp.ones((5, 1), jnp.float32),
+    )
+    assert_bitwise(grouped[ends], expected)
 
 
 def test_other_tokens_may_be_nan() -> None:
@@ -192,7 +262,6 @@ def test_replayed_by_cuda_graphs() -> None:
 def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
     experts = _layer(SMALL[1], False)
     x, ids, weights = _tokens(SMALL[1], num_tokens)
-    x_fp8, x_scale = w4.quantize_fp8(x)
     needed = op.workspace_bytes(num_tokens, 3, experts)
 
     def call(nbytes: int, **changes: float) -> None:
@@ -201,9 +270,15 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
             jax.ShapeDtypeStruct((nbytes,), jnp.uint8),
         ]
         empty = jnp.zeros(0, jnp.float32)
-        attributes = {"alpha": 1.0, "beta": 0.0, "limit": float("inf"), "tile_tokens": 8, **changes}
+        attributes = {
+            "alpha": 1.0,
+            "beta": 0.0,
+            "limit": float("inf"),
+            "tile_tokens": 64,
+            **changes,
+        }
         operands = (experts.w13.data, empty, experts.w2.data, empty, ids, weights)
-        out = _ffi.call("fused_moe", types, x_fp8, x_scale, *operands, **attributes)
+        out = _ffi.call("fused_moe", types, x, empty, *operands, **attributes)
         jax.block_until_ready(out)
 
     call(needed)

@@ -100,12 +100,14 @@ def test_against_the_mirrored_reference(
         assert not as_float64(out)[sizes.sum() :].any()
 
 
-def test_every_tile_gives_the_same_bits(
+def test_every_tile_and_width_gives_the_same_bits(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rhs = w4.pack(data.quantized(rng, (4, 320, 1152)))
-    sizes = jnp.asarray([70, 0, 1, 130], jnp.int32)
-    lhs = data.tokens(rng, 201, 1152)
+    """Groups of every width that a tile is cut to, and of several tiles."""
+    counts = [*range(1, 64, 5), 64, 65, 0, 129, 200, 224, 225, 449]
+    rhs = w4.pack(data.quantized(rng, (len(counts), 320, 1152)))
+    sizes = jnp.asarray(counts, jnp.int32)
+    lhs = data.tokens(rng, sum(counts), 1152)
     results = []
     for tile in tiles.TILE_TOKENS:
         jax.clear_caches()
@@ -114,8 +116,12 @@ def test_every_tile_gives_the_same_bits(
     for result in results[1:]:
         assert_bitwise(result, results[0])
     jax.clear_caches()
-    alone = kernel(lhs[70:71], rhs, jnp.asarray([0, 0, 1, 0], jnp.int32))
-    assert_bitwise(alone, results[0][70:71])
+    for group, start in enumerate(np.cumsum([0, *counts[:-1]])):
+        if counts[group]:
+            alone = kernel(lhs[start : start + 1], rhs, jnp.zeros_like(sizes).at[group].set(1))
+            assert_bitwise(alone, results[0][start : start + 1])
+    expected = reference.grouped_matmul(lhs, rhs, sizes, mode="mirrored")
+    assert relative_rms(results[0], expected) < 3e-3
 
 
 def test_other_rows_may_be_nan_and_repeats_agree(rng: np.random.Generator) -> None:
@@ -177,14 +183,14 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
         )
         jax.block_until_ready(out)
 
-    needed = op.workspace_bytes(8, 2, 1)
-    call(needed, 8)
+    needed = op.workspace_bytes(8, 1)
+    call(needed, 64)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"workspace has {needed - 1} bytes"):
-        call(needed - 1, 8)
+        call(needed - 1, 64)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no tile of 24 tokens is compiled"):
         call(needed, 24)
     with pytest.raises(jax.errors.JaxRuntimeError, match="N=65 does not fit 1 row blocks of 64"):
-        call(needed, 8, width=65)
+        call(needed, 64, width=65)
 
 
 def test_bf16_activations_are_refused(rng: np.random.Generator) -> None:

@@ -46,9 +46,14 @@ def test_inverse_is_the_correctly_rounded_division() -> None:
 def test_intermediate_is_rounded_to_bf16_before_fp8(rng: np.random.Generator, scale: float) -> None:
     """Compiled, where XLA would leave out a plain conversion to bf16 and back."""
     h = (rng.standard_normal((64, 512)) * scale).astype(np.float32)
-    h_fp8, h_scale = jax.jit(quantization.round_and_quantize)(jnp.asarray(h))
-    amax = np.abs(h).max(axis=-1, keepdims=True)
+
+    @jax.jit
+    def intermediate(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return quantization.quantize_per_token(quantization.round_to_bf16(h))
+
+    h_fp8, h_scale = intermediate(jnp.asarray(h))
     rounded = h.astype(ml_dtypes.bfloat16).astype(np.float32)
+    amax = np.abs(rounded).max(axis=-1, keepdims=True)
     scaled = np.clip(rounded * (np.float32(448) / amax), np.float32(-448), np.float32(448))
     assert_bitwise(h_fp8, scaled.astype(ml_dtypes.float8_e4m3fn))
     assert_bitwise(h_scale, amax * (np.float32(1) / np.float32(448)))

@@ -1,4 +1,4 @@
-// out[row, column] = acc * x_scale[row] + bias[expert, column], columns in canonical order.
+// out[row, column] = acc * row_scale[row] + bias[expert, column], columns in canonical order.
 #pragma once
 
 #include "epilogue/tile.cuh"
@@ -7,37 +7,63 @@ namespace jax_w4moe {
 
 template <typename Out>
 struct ScaledStore {
-  Out* out;              // [M, num_columns]
-  const float* x_scale;  // [M]
-  const float* bias;     // [E, num_columns], or null
-  int num_columns;       // logical rows of the weights
-  bool gate_up;          // rows of records interleave gate and up (docs/layout.md, "Rows")
+  Out* out;           // [M, num_columns]
+  const float* bias;  // [E, num_columns], or null
+  int num_columns;    // logical rows of the weights, a multiple of 32
+  bool gate_up;       // rows of records interleave gate and up (docs/layout.md, "Rows")
 
   template <int kTokens>
-  __device__ __forceinline__ void Store(const float (&acc)[kTokens / 2],
-                                        const EpilogueTile& tile) const {
+  __device__ __forceinline__ void Store(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+    const float* expert_bias = bias + int64_t{tile.expert} * num_columns;
+    float shift[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      tile.staging[tile.Token(i) * kStagingRow + tile.Row(i)] = acc[i];
+    for (int half = 0; half < 2; ++half) {
+      const int column = Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;
+      if (bias && column < num_columns) shift[half] = expert_bias[column];
     }
-    tile.Sync();
-    const int row = tile.thread % 64, column = Column(tile.slab, row);
-    if (column < num_columns) {
-      const float shift = bias ? bias[int64_t{tile.expert} * num_columns + column] : 0.0f;
-      for (int token = tile.thread / 64; token < tile.live; token += 2) {
-        const float value = tile.staging[token * kStagingRow + row];
-        const int64_t at = tile.first_row + token;
-        out[at * num_columns + column] = FromFloat<Out>(value * x_scale[at] + shift);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; i += 4) {
+      const float2 scale = tile.Scales(i);
+      acc[i] = acc[i] * scale.x + shift[0];
+      acc[i + 1] = acc[i + 1] * scale.y + shift[0];
+      acc[i + 2] = acc[i + 2] * scale.x + shift[1];
+      acc[i + 3] = acc[i + 3] * scale.y + shift[1];
+    }
+    if constexpr (sizeof(Out) == 2) {
+      StoreTransposed<kTokens, 2>(
+          tile,
+          [&](int group, int octet) {
+            return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
+          },
+          [&](int token, int octet, uint4 value) {
+            const int column = Octet(tile.slab, octet);
+            if (column < num_columns) {
+              *reinterpret_cast<uint4*>(out + (tile.first_row + token) * num_columns + column) =
+                  value;
+            }
+          });
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // eight lanes write 32 bytes of a token
+        const int column = Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;
+        if (column >= num_columns) continue;
+        Out* to = out + (tile.first_row + tile.Token(0)) * num_columns + column;
+        const int live = tile.live - tile.Token(0);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; i += 4) {
+          if (i * 2 < live) to[0] = acc[i + 2 * half];
+          if (i * 2 + 1 < live) to[num_columns] = acc[i + 2 * half + 1];
+          to += 8 * num_columns;
+        }
       }
     }
-    tile.Sync();  // the staging is free again
   }
 
  private:
-  // The canonical column of a slab's row; num_columns or more for padding.
-  __device__ __forceinline__ int Column(int slab, int row) const {
-    if (!gate_up) return slab * 64 + row;
-    const int half = row / 8 % 2, in_half = slab * 32 + row / 16 * 8 + row % 8;
+  // The canonical column of the first of 8 rows of a slab; num_columns or more for padding.
+  __device__ __forceinline__ int Octet(int slab, int octet) const {
+    if (!gate_up) return slab * 64 + octet * 8;
+    const int half = octet % 2, in_half = slab * 32 + octet / 2 * 8;
     return in_half < num_columns / 2 ? half * (num_columns / 2) + in_half : num_columns;
   }
 };

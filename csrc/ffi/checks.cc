@@ -67,6 +67,19 @@ ffi::Error CheckShape(const char* op, const char* name, ffi::AnyBuffer buffer,
   return ffi::Error::Success();
 }
 
+ffi::Error CheckRows(const char* op, const char* name, ffi::AnyBuffer rows,
+                     ffi::AnyBuffer x_scale) {
+  const bool is_fp8 = rows.element_type() == ffi::F8E4M3FN;
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, name, rows, is_fp8 ? ffi::F8E4M3FN : ffi::BF16, 2));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "x_scale", x_scale, ffi::F32, is_fp8 ? 2 : 1));
+  return is_fp8 ? CheckShape(op, "x_scale", x_scale, {rows.dimensions()[0], 1})
+                : CheckShape(op, "x_scale", x_scale, {0});
+}
+
+const float* Optional(ffi::AnyBuffer buffer) {
+  return buffer.element_count() ? static_cast<const float*>(buffer.untyped_data()) : nullptr;
+}
+
 ffi::Error CheckWorkspace(const char* op, ffi::AnyBuffer workspace, int64_t needed) {
   if (workspace.dimensions()[0] < needed) {
     return InvalidArgument(op, ": workspace has ", workspace.dimensions()[0], " bytes, needs ",

@@ -20,6 +20,14 @@ xla::ffi::Error CheckType(const char* op, const char* name, xla::ffi::AnyBuffer 
 xla::ffi::Error CheckShape(const char* op, const char* name, xla::ffi::AnyBuffer buffer,
                            std::initializer_list<int64_t> expected);
 
+// Rows [num_rows, width] come as bf16, with x_scale of no elements, or as f8e4m3fn with x_scale
+// [num_rows, 1].
+xla::ffi::Error CheckRows(const char* op, const char* name, xla::ffi::AnyBuffer rows,
+                          xla::ffi::AnyBuffer x_scale);
+
+// The data of an operand that may be left out, by giving one of no elements.
+const float* Optional(xla::ffi::AnyBuffer buffer);
+
 // The workspace must have `needed` bytes.
 xla::ffi::Error CheckWorkspace(const char* op, xla::ffi::AnyBuffer workspace, int64_t needed);
 

@@ -1,5 +1,6 @@
-// XLA handlers of grouped_matmul: lhs f8e4m3fn[M, K], x_scale f32[M, 1], records u8[E, R, C, 4352],
-// group_sizes s32[E] -> out bf16|f32[M, N], workspace u8[bytes].
+// XLA handlers of grouped_matmul: lhs bf16[M, K] and x_scale f32[0], or lhs f8e4m3fn[M, K] and
+// x_scale f32[M, 1]; records u8[E, R, C, 4352], group_sizes s32[E]
+// -> out bf16|f32[M, N], workspace u8[bytes].
 #include "launch/grouped_matmul.h"
 
 #include "common/limits.h"
@@ -7,7 +8,7 @@
 #include "ffi/checks.h"
 #include "ffi/error.h"
 #include "ffi/ops.h"
-#include "launch/tiles.h"
+#include "launch/grouped_gemm_tiles.h"
 
 namespace jax_w4moe {
 namespace {
@@ -28,8 +29,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
                    bool gate_up, int64_t tile_tokens) {
   calls.fetch_add(1, std::memory_order_relaxed);
-  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "lhs", lhs, ffi::F8E4M3FN, 2));
-  JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "x_scale", x_scale, ffi::F32, 2));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "group_sizes", group_sizes, ffi::S32, 1));
   const bool out_is_f32 = out->element_type() == ffi::F32;
@@ -37,22 +37,21 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "workspace", *workspace, ffi::U8, 1));
 
   GroupedMatmulParams p{};
-  p.num_tokens = lhs.dimensions()[0];
+  p.num_rows = lhs.dimensions()[0];
   p.contraction = lhs.dimensions()[1];
   p.num_experts = records.dimensions()[0];
   p.row_blocks = records.dimensions()[1];
   p.k_blocks = records.dimensions()[2];
-  p.num_rows = out->dimensions()[1];
+  p.num_columns = out->dimensions()[1];
   p.tile_tokens = tile_tokens;
   p.gate_up = gate_up;
   p.out_is_f32 = out_is_f32;
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "records", records,
                                        {p.num_experts, p.row_blocks, p.k_blocks, kRecordBytes}));
-  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "x_scale", x_scale, {p.num_tokens, 1}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "group_sizes", group_sizes, {p.num_experts}));
-  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "out", *out, {p.num_tokens, p.num_rows}));
-  if (p.num_experts < 1 || p.num_experts > kMaxExperts || p.num_tokens > (int64_t{1} << 24)) {
-    return InvalidArgument(kName, ": E=", p.num_experts, " (1 to 1024) or M=", p.num_tokens,
+  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "out", *out, {p.num_rows, p.num_columns}));
+  if (p.num_experts < 1 || p.num_experts > kMaxExperts || p.num_rows > kMaxGroupedRows) {
+    return InvalidArgument(kName, ": E=", p.num_experts, " (1 to 1024) or M=", p.num_rows,
                            " (up to 2^24) is out of range; split the call");
   }
   if (p.contraction % 32 || (p.contraction + 127) / 128 != p.k_blocks) {
@@ -60,23 +59,23 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
                            " K-blocks of 128; pack the weights of this K");
   }
   const int64_t rows = p.row_blocks * 64;
-  if (p.num_rows < 1 || p.num_rows > rows || (gate_up && p.num_rows % 2)) {
-    return InvalidArgument(kName, ": N=", p.num_rows, " does not fit ", p.row_blocks,
+  if (p.num_columns < 1 || p.num_columns > rows || p.num_columns % 32) {
+    return InvalidArgument(kName, ": N=", p.num_columns, " does not fit ", p.row_blocks,
                            " row blocks of 64; pack the weights of this N");
   }
   if (!HasTile(tile_tokens)) {
     return InvalidArgument(kName, ": no tile of ", tile_tokens,
                            " tokens is compiled; call the op through jax_w4moe, which knows them");
   }
-  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_tokens, p.num_experts, p.k_blocks);
+  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks);
   JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.lhs = lhs.untyped_data();
-  p.x_scale = static_cast<const float*>(x_scale.untyped_data());
+  p.x_scale = Optional(x_scale);
   p.records = records.untyped_data();
   p.group_sizes = static_cast<const int*>(group_sizes.untyped_data());
   p.out = out->untyped_data();
   p.workspace = workspace->untyped_data();
-  JAX_W4MOE_RETURN_IF_ERROR(CheckAligned(kName, {p.lhs, p.records, p.workspace}));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckAligned(kName, {p.lhs, p.records, p.out, p.workspace}));
   return FromCuda(LaunchGroupedMatmul(p, stream), kName, "the kernel launches");
 }
 

@@ -17,10 +17,13 @@ struct Op {
   const std::atomic<int64_t>* calls;  // executions of the handler, not of replayed graphs
 };
 
+Op ExpertMlpOp();
 Op FusedMoeOp();
 Op GroupedMatmulOp();
 Op QuantizeFp8Op();
 
-inline std::array<Op, 3> Ops() { return {FusedMoeOp(), GroupedMatmulOp(), QuantizeFp8Op()}; }
+inline std::array<Op, 4> Ops() {
+  return {ExpertMlpOp(), FusedMoeOp(), GroupedMatmulOp(), QuantizeFp8Op()};
+}
 
 }  // namespace jax_w4moe

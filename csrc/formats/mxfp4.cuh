@@ -27,30 +27,42 @@ struct Mxfp4 {
     return static_cast<uint8_t>((exponent + 7) << 3 | ((halves << 3 >> top) & 7));
   }
 
-  // The A fragments of four instructions (m64k32 each) and the f32 scales of rows g and g + 8, for
-  // thread `thread` of the warpgroup.
-  static __device__ __forceinline__ void Load(uint32_t record, int thread, uint32_t table,
-                                              uint32_t (&a)[4][4], float (&scale)[2]) {
-    const int pair = thread / 32 * 8 + thread % 32 / 4;
-    const uint2 words = ptx::LoadShared64(record + 4096 + pair * 8);
-    const uint4 plane0 = ptx::LoadShared128(record + thread * 16);
-    const uint4 plane1 = ptx::LoadShared128(record + 2048 + thread * 16);
+  // The magnitudes of a thread's two groups of 32: rows g and g + 8.
+  struct Tables {
+    uint2 low, high;
+  };
+  static __device__ __forceinline__ Tables LoadTables(uint32_t record, int thread, uint32_t table) {
+    const uint2 words = ScaleWords(record, thread);
     const int shift = thread % 4 * 4;
-    const uint2 low = ptx::LoadShared64(table + (words.x >> shift & 0x78));
-    const uint2 high = ptx::LoadShared64(table + (words.y >> shift & 0x78));
-    Decode(plane0.x, low, a[0][0], a[0][2]);
-    Decode(plane0.y, high, a[0][1], a[0][3]);
-    Decode(plane0.z, low, a[1][0], a[1][2]);
-    Decode(plane0.w, high, a[1][1], a[1][3]);
-    Decode(plane1.x, low, a[2][0], a[2][2]);
-    Decode(plane1.y, high, a[2][1], a[2][3]);
-    Decode(plane1.z, low, a[3][0], a[3][2]);
-    Decode(plane1.w, high, a[3][1], a[3][3]);
+    return {ptx::LoadShared64(table + (words.x >> shift & 0x78)),
+            ptx::LoadShared64(table + (words.y >> shift & 0x78))};
+  }
+
+  // The A fragments of instructions (m64k32 each) 2 kPlane and 2 kPlane + 1, for thread `thread` of
+  // the warpgroup.
+  template <int kPlane>
+  static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread,
+                                                   const Tables& tables, uint32_t (&a)[4][4]) {
+    const uint4 codes = ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+    Decode(codes.x, tables.low, a[2 * kPlane][0], a[2 * kPlane][2]);
+    Decode(codes.y, tables.high, a[2 * kPlane][1], a[2 * kPlane][3]);
+    Decode(codes.z, tables.low, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);
+    Decode(codes.w, tables.high, a[2 * kPlane + 1][1], a[2 * kPlane + 1][3]);
+  }
+
+  // The f32 scales of rows g and g + 8.
+  static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
+    const uint2 words = ScaleWords(record, thread);
     scale[0] = __uint_as_float(words.x & 0x7f800000u);
     scale[1] = __uint_as_float(words.y & 0x7f800000u);
   }
 
  private:
+  static __device__ __forceinline__ uint2 ScaleWords(uint32_t record, int thread) {
+    const int pair = thread / 32 * 8 + thread % 32 / 4;
+    return ptx::LoadShared64(record + 4096 + pair * 8);
+  }
+
   // Eight codes to two registers of four E4M3.
   static __device__ __forceinline__ void Decode(uint32_t codes, uint2 table, uint32_t& first,
                                                 uint32_t& second) {

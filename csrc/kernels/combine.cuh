@@ -5,33 +5,60 @@
 
 #include <cstdint>
 
+#include "ptx/sm90.cuh"
+#include "schedule/rows.cuh"
+
 namespace jax_w4moe {
 
-inline constexpr int kCombineThreads = 256;
+inline constexpr int kCombineThreads = 128;
+inline constexpr int kCombineColumns = 8;  // of a thread: 16 bytes
+inline constexpr int kCombineAhead = 8;    // slot rows in flight
 
-// One block per token; hidden_size is a multiple of 32. A slot without a row adds nothing,
-// whatever its weight.
+// One block per token and kCombineThreads * kCombineColumns columns; hidden_size is a multiple of
+// 32. A slot without an expert adds nothing, whatever its weight.
 __global__ void __launch_bounds__(kCombineThreads)
-    CombineSlots(const __nv_bfloat16* __restrict__ slots, const int* __restrict__ row_of_pair,
+    CombineSlots(const __nv_bfloat16* __restrict__ slots, const Place* __restrict__ places,
                  const float* __restrict__ topk_weights, int top_k, int hidden_size,
                  __nv_bfloat16* __restrict__ y) {
   const int64_t token = blockIdx.x;
-  for (int h = threadIdx.x * 4; h < hidden_size; h += kCombineThreads * 4) {
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int s = 0; s < top_k; ++s) {
-      const int row = row_of_pair[token * top_k + s];
-      if (row < 0) continue;
-      const float weight = topk_weights[token * top_k + s];
-      const uint2 four = *reinterpret_cast<const uint2*>(slots + int64_t{row} * hidden_size + h);
-      sum[0] = fmaf(weight, __uint_as_float(four.x << 16), sum[0]);
-      sum[1] = fmaf(weight, __uint_as_float(four.x & 0xffff0000u), sum[1]);
-      sum[2] = fmaf(weight, __uint_as_float(four.y << 16), sum[2]);
-      sum[3] = fmaf(weight, __uint_as_float(four.y & 0xffff0000u), sum[3]);
+  const int column = (blockIdx.y * kCombineThreads + threadIdx.x) * kCombineColumns;
+  ptx::WaitForPrecedingKernels();
+  ptx::LaunchDependents();
+  if (column >= hidden_size) return;
+  float sum[kCombineColumns] = {};
+  for (int first = 0; first < top_k; first += kCombineAhead) {
+    uint4 values[kCombineAhead];
+    float weights[kCombineAhead];
+    bool live[kCombineAhead];
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      const int64_t pair = token * top_k + first + i;
+      const Place place = first + i < top_k ? places[pair] : Place{0, -1};
+      live[i] = place.phase >= 0;
+      if (!live[i]) continue;
+      weights[i] = topk_weights[pair];
+      values[i] =
+          *reinterpret_cast<const uint4*>(slots + int64_t{place.row} * hidden_size + column);
     }
-    __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(y + token * hidden_size + h);
-    out[0] = __floats2bfloat162_rn(sum[0], sum[1]);
-    out[1] = __floats2bfloat162_rn(sum[2], sum[3]);
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      if (!live[i]) continue;
+      const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        sum[2 * w] = fmaf(weights[i], __uint_as_float(words[w] << 16), sum[2 * w]);
+        sum[2 * w + 1] = fmaf(weights[i], __uint_as_float(words[w] & 0xffff0000u), sum[2 * w + 1]);
+      }
+    }
   }
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * w], sum[2 * w + 1]);
+    words[w] = reinterpret_cast<const uint32_t&>(pair);
+  }
+  *reinterpret_cast<uint4*>(y + token * hidden_size + column) =
+      make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 }  // namespace jax_w4moe

@@ -1,13 +1,16 @@
 // Grouped GEMM on packed 4-bit records: for the rows of every expert, weights times tokens, handed
-// to an epilogue in tiles of 64 rows of weights by kTokens tokens.
+// to an epilogue in tiles of 64 rows of weights by up to 128 tokens.
 //
 // One persistent CTA per SM: a producer warp streams records and token tiles through a ring of
 // shared-memory stages by bulk copies; kWarpgroups math warpgroups own 64 rows of weights each,
 // decode them in registers, multiply (weights are A, tokens are N) and add every K128 product in
-// f32. The next record is decoded while this one multiplies. docs/numerics.md: R2, R5.
+// f32. The next record is decoded while this one multiplies, and serves kSubtiles token tiles.
+// docs/numerics.md: R2, R5.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
+
+#include <type_traits>
 
 #include "epilogue/tile.cuh"
 #include "formats/mxfp4.cuh"
@@ -18,63 +21,67 @@ namespace jax_w4moe {
 
 struct GroupedGemmParams {
   const uint8_t* records;  // [E, row_blocks, k_blocks, kRecordBytes]
-  const uint8_t* image;    // token image, [k_blocks][num_atoms][1024]
+  const uint8_t* image;    // token image, [k_blocks][image_rows][128]
+  const float* row_scale;  // [image_rows]
   Plan plan;
   int num_experts;
   int row_blocks;
   int k_blocks;
-  int num_atoms;
+  int64_t image_rows;
+  bool plan_is_old;  // the plan was complete before the preceding kernel began
 };
 
-template <int kTokens, int kWarpgroups, int kStages>
+template <int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
 struct GroupedGemmTile {
+  static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
+  static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = kSubtiles * kMaxWidth;
   static constexpr int kThreads = 128 * kWarpgroups + 128;
+
+  // Shared memory.
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
-  static constexpr int kStagingBytes = kTokens * kStagingRow * 4;
-
-  // Offsets from the first 1,024-byte boundary of dynamic shared memory.
   static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kTableAt = kStagingAt + kWarpgroups * kStagingBytes;
+  static constexpr int kStagingBytes = kMaxWidth * kStagingRow;
+  static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
+  static constexpr int kTableAt = kScalesAt + kWarpgroups * kTokens * 4;
   static constexpr int kBarriersAt = kTableAt + Mxfp4::kTableBytes;
-  static constexpr int kItemStartAt = kBarriersAt + 16 * kStages;
-  static constexpr int kSharedBytes = kItemStartAt + 4 * (kMaxExperts + 1) + 1024;
+  static constexpr int kItemsAt = kBarriersAt + 16 * kStages;
+  static constexpr int kPlanAt = kItemsAt + 4 * kWarpgroups * static_cast<int>(sizeof(WorkItem));
+  static constexpr int kSharedBytes = kPlanAt + static_cast<int>(sizeof(SharedPlan));
+  static_assert(kItemsAt % 16 == 0, "items are aligned");
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
+
+  // Sub-tiles are compiled for multiples of 8 tokens. RoundWidth gives the smallest that holds so
+  // many; WithWidth calls f with it as a constant.
+  static __device__ __forceinline__ int RoundWidth(int tokens) {
+    return max((tokens + 7) / 8, 1) * 8;
+  }
+  template <int kWidth = 8, typename F>
+  static __device__ __forceinline__ void WithWidth(int width, F&& f) {
+    if (width == kWidth) {
+      f(std::integral_constant<int, kWidth>{});
+    } else if constexpr (kWidth < kMaxWidth) {
+      WithWidth<kWidth + 8>(width, f);
+    }
+  }
 };
 
-// What one work item is.
-struct GroupedGemmItem {
-  int expert, first_slab, token_tile, live;
-};
-
-template <int kTokens, int kWarpgroups>
-__device__ __forceinline__ GroupedGemmItem ItemAt(const int* item_start, int item,
-                                                  const GroupedGemmParams& p) {
-  const int expert = LastNotAbove(item_start, p.num_experts, item);
-  const int size = p.plan.size[expert];
-  const int token_tiles = (size + kTokens - 1) / kTokens;
-  const int local = item - item_start[expert];
-  const int token_tile = local % token_tiles;
-  return {expert, local / token_tiles * kWarpgroups, token_tile,
-          min(size - token_tile * kTokens, kTokens)};
-}
-
-template <int kTokens, int kWarpgroups, int kStages, typename Epilogue>
-__global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>::kThreads, 1)
+template <typename Tile, typename Epilogue>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
-  using Tile = GroupedGemmTile<kTokens, kWarpgroups, kStages>;
-  extern __shared__ uint8_t unaligned[];
-  uint8_t* shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) &
-                                               ~uintptr_t{1023});
+  constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
+  extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
-  int* item_start = reinterpret_cast<int*>(shared + Tile::kItemStartAt);
+  SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared + Tile::kPlanAt);
+  const int row_tiles = (p.row_blocks + kWarpgroups - 1) / kWarpgroups;
+  const int64_t slab_bytes = int64_t{p.k_blocks} * kRecordBytes;
 
-  for (int i = threadIdx.x; i <= p.num_experts; i += Tile::kThreads) {
-    item_start[i] = p.plan.item_start[i];
-  }
   if (threadIdx.x < Mxfp4::kTableBytes) {
     shared[Tile::kTableAt + threadIdx.x] = Mxfp4::TableByte(threadIdx.x);
   }
@@ -85,35 +92,60 @@ __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>
     }
     ptx::BarrierInitFence();
   }
+  if (!p.plan_is_old) ptx::WaitForPrecedingKernels();
+  plan.Load(p.plan, p.num_experts, threadIdx.x, Tile::kThreads);
   __syncthreads();
-  const int num_items = item_start[p.num_experts];
+  const int num_items = ptx::Uniform(plan.tile_start[p.num_experts]) * row_tiles;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+  auto item_at = [&](int item) { return ItemAt<Tile>(plan, p.num_experts, row_tiles, item); };
+  auto first_record = [&](const WorkItem& item) {
+    return p.records + (int64_t{item.expert} * p.row_blocks + item.first_slab) * slab_bytes;
+  };
 
-  if (warpgroup == kWarpgroups) {  // producer
+  if (warpgroup == kWarpgroups) {  // producer: one warp, one lane per copy of a stage
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread != 0) return;
+    if (thread >= 32) return;
+    const bool is_tokens = thread == kWarpgroups;
+    const uint32_t offset = is_tokens ? 0 : Tile::kWeightsAt + thread * kRecordBytes;
+    const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
+    const uint64_t policy = is_tokens ? ptx::kEvictLast : ptx::kEvictFirst;
+    const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
+    auto slabs_of = [&](const WorkItem& item) {
+      return min(kWarpgroups, p.row_blocks - item.first_slab);
+    };
+    if (p.plan_is_old) {
+      // While the preceding kernel still writes the tokens, the weights can come to L2.
+      if (blockIdx.x < num_items) {
+        const WorkItem item = item_at(blockIdx.x);
+        if (thread < slabs_of(item)) {
+          ptx::PrefetchToL2(first_record(item) + thread * slab_bytes,
+                            static_cast<uint32_t>(slab_bytes));
+        }
+      }
+      ptx::WaitForPrecedingKernels();
+    }
+    ptx::LaunchDependents();
     int stage = 0;
     uint32_t parity = 1;
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-      const auto [expert, first_slab, token_tile, live] =
-          ItemAt<kTokens, kWarpgroups>(item_start, item, p);
-      const int slabs = min(kWarpgroups, p.row_blocks - first_slab);
-      const uint32_t slab_bytes = p.k_blocks * kRecordBytes;
-      const uint8_t* record =
-          p.records + (int64_t{expert} * p.row_blocks + first_slab) * slab_bytes;
-      const uint8_t* tile =
-          p.image + int64_t{p.plan.atom_start[expert] + token_tile * (kTokens / kTokenAtom)} * 1024;
+    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+      const WorkItem item = item_at(i);
+      const int slabs = slabs_of(item);
+      const bool copies = is_tokens || thread < slabs;
+      const uint8_t* source =
+          is_tokens ? p.image + item.first_row * 128 : first_record(item) + thread * slab_bytes;
+      const uint32_t tile_bytes = item.live * 128;
+      const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
       for (int k = p.k_blocks; k > 0; --k) {
         ptx::BarrierWait(empty + 8 * stage, parity);
-        ptx::BarrierArriveExpect(full + 8 * stage, Tile::kTokenBytes + slabs * kRecordBytes);
-        for (int s = 0; s < slabs; ++s) {
-          ptx::BulkCopy(weights + stage * Tile::kWeightBytes + s * kRecordBytes,
-                        record + s * slab_bytes, kRecordBytes, full + 8 * stage, ptx::kEvictFirst);
+        if (thread == 0) {
+          ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + slabs * kRecordBytes);
         }
-        ptx::BulkCopy(tokens + stage * Tile::kTokenBytes, tile, Tile::kTokenBytes, full + 8 * stage,
-                      ptx::kEvictLast);
-        record += kRecordBytes;
-        tile += int64_t{p.num_atoms} * 1024;
+        __syncwarp();
+        if (copies) {
+          ptx::BulkCopy(tokens + offset + stage * stage_bytes, source, bytes, full + 8 * stage,
+                        policy);
+        }
+        source += k_step;
         if (++stage == kStages) {
           stage = 0;
           parity ^= 1;
@@ -124,9 +156,12 @@ __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>
   }
 
   cutlass::arch::warpgroup_reg_alloc<kWarpgroups == 2 ? 232 : 152>();
+  if (p.plan_is_old) ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
-  float* staging =
-      reinterpret_cast<float*>(shared + Tile::kStagingAt + warpgroup * Tile::kStagingBytes);
+  const uint32_t scales = tokens + Tile::kScalesAt + warpgroup * Tile::kTokens * 4;
+  // The item lies in shared memory while registers are scarce.
+  volatile WorkItem& kept =
+      reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt)[warpgroup * 4 + thread / 32];
   int stage = 0;
   uint32_t parity = 0;
   auto advance = [&] {
@@ -138,11 +173,24 @@ __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>
   auto release = [&](int used) {
     if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
   };
-  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const auto [expert, first_slab, token_tile, live] =
-        ItemAt<kTokens, kWarpgroups>(item_start, item, p);
-    const int slab = first_slab + warpgroup;
-    if (slab >= p.row_blocks) {  // the last slabs do not fill all warpgroups
+  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+    {
+      const WorkItem item = item_at(i);
+      __syncwarp();  // the last item has been read
+      if (thread % 32 == 0) {
+        kept.expert = item.expert;
+        kept.first_slab = item.first_slab;
+        kept.first_row = item.first_row;
+        kept.live = item.live;
+        kept.width = item.first_slab + warpgroup < p.row_blocks ? item.width : 0;
+      }
+      __syncwarp();
+      for (int t = thread; t < item.live; t += 128) {
+        ptx::CopyAsync4(scales + t * 4, p.row_scale + item.first_row + t);
+      }
+    }
+    const int width = ptx::Uniform(kept.width);
+    if (width == 0) {  // the last slabs do not fill all warpgroups
       for (int k = 0; k < p.k_blocks; ++k) {
         ptx::BarrierWait(full + 8 * stage, parity);
         release(stage);
@@ -150,40 +198,87 @@ __global__ void __launch_bounds__(GroupedGemmTile<kTokens, kWarpgroups, kStages>
       }
       continue;
     }
-    float acc[kTokens / 2], partial[kTokens / 2];
-    uint32_t a[2][4][4];
-    float scale[2][2];
+    Tile::WithWidth(width, [&](auto width) {
+      constexpr int kWidth = decltype(width)::value, kSubtiles = Tile::kSubtiles;
+      float acc[kSubtiles][kWidth / 2], partial[2][kWidth / 2];
+      uint32_t a[2][4][4];
+      Mxfp4::Tables tables;
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-    auto load = [&](uint32_t (&fragments)[4][4], float (&row_scale)[2]) {
-      ptx::BarrierWait(full + 8 * stage, parity);
-      Mxfp4::Load(weights + stage * Tile::kWeightBytes + warpgroup * kRecordBytes, thread, table,
-                  fragments, row_scale);
-    };
-    auto step = [&](int now, int next, bool more) {
-      const int used = stage;
-      MultiplyK128<kTokens>(partial, a[now], tokens + used * Tile::kTokenBytes);
-      advance();
-      if (more) load(a[next], scale[next]);
-      WaitForProducts<kTokens>(partial);
-      release(used);
+      for (int n = 0; n < kSubtiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) {
-        acc[i] = fmaf(partial[i], scale[now][i / 2 % 2], acc[i]);
+        for (int j = 0; j < kWidth / 2; ++j) acc[n][j] = 0.0f;
       }
-    };
-    load(a[0], scale[0]);
-    int k = 0;
-    for (; k + 2 <= p.k_blocks; k += 2) {
-      step(0, 1, true);
-      step(1, 0, k + 2 < p.k_blocks);
-    }
-    if (k < p.k_blocks) step(0, 1, false);
-    const EpilogueTile tile{warpgroup, thread,
-                            expert,    slab,
-                            live,      int64_t{p.plan.row_start[expert]} + token_tile * kTokens,
-                            staging};
-    epilogue.template Store<kTokens>(acc, tile);
+      auto record_at = [&](int at) {
+        return weights + at * Tile::kWeightBytes + warpgroup * kRecordBytes;
+      };
+      auto load_first = [&](uint32_t (&fragments)[4][4]) {
+        ptx::BarrierWait(full + 8 * stage, parity);
+        tables = Mxfp4::LoadTables(record_at(stage), thread, table);
+        Mxfp4::LoadPlane<0>(record_at(stage), thread, tables, fragments);
+      };
+      auto load_second = [&](uint32_t (&fragments)[4][4]) {
+        Mxfp4::LoadPlane<1>(record_at(stage), thread, tables, fragments);
+      };
+      auto multiply = [&](int at, int n, float (&products)[kWidth / 2],
+                          const uint32_t (&fragments)[4][4]) {
+        MultiplyK128<kWidth>(products, fragments,
+                             tokens + at * Tile::kTokenBytes + n * kWidth * 128);
+      };
+      // kSteps K128, the first of them decoded into a[0]. While one product is added, the next is
+      // in flight and the next record is decoded. ptxas serialises what stays in flight from one
+      // turn of a loop to the next, so all is added at the end.
+      auto steps = [&](auto num_steps, bool more) {
+        constexpr int kSteps = decltype(num_steps)::value, kProducts = kSteps * kSubtiles;
+        const int first = stage;
+        multiply(first, 0, partial[0], a[0]);
+        int used = first;
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+          const int now = i / kSubtiles, n = i % kSubtiles, next = (i + 1) / kSubtiles;
+          if (n == 0) {
+            used = stage;
+            advance();
+          }
+          if (now + 1 < kSteps || more) {
+            if (n == 0) load_first(a[(now + 1) % 2]);
+            if (n == (kSubtiles > 1 ? 1 : 0)) load_second(a[(now + 1) % 2]);
+          }
+          float scale[2];  // read for every product: registers are scarce
+          Mxfp4::LoadScale(record_at(used), thread, scale);
+          if (i + 1 < kProducts) {
+            multiply(next == now ? used : stage, (i + 1) % kSubtiles, partial[(i + 1) % 2],
+                     a[next % 2]);
+            WaitForProducts<1>(partial[i % 2]);
+          } else {
+            WaitForProducts<0>(partial[i % 2]);
+          }
+          if (n + 1 == kSubtiles) release(used);
+#pragma unroll
+          for (int j = 0; j < kWidth / 2; ++j) {
+            acc[n][j] = fmaf(partial[i % 2][j], scale[j / 2 % 2], acc[n][j]);
+          }
+        }
+      };
+      load_first(a[0]);
+      load_second(a[0]);
+      int k = p.k_blocks;
+      for (; k >= 2; k -= 2) steps(std::integral_constant<int, 2>{}, k > 2);
+      if (k == 1) steps(std::integral_constant<int, 1>{}, false);
+      EpilogueTile tile{warpgroup,   ptx::FreshThreadIndex() % 128,
+                        kept.expert, kept.first_slab + warpgroup,
+                        kept.live,   kept.first_row,
+                        scales,      tokens + Tile::kStagingAt + warpgroup * Tile::kStagingBytes};
+      ptx::CopyAsyncWait();
+#pragma unroll
+      for (int n = 0; n < kSubtiles; ++n) {
+        tile.Sync();  // the scales are there, the staging is free
+        if (tile.live > 0) epilogue.template Store<kWidth>(acc[n], tile);
+        tile.live -= kWidth;
+        tile.first_row += kWidth;
+        tile.scales += kWidth * 4;
+      }
+      tile.Sync();  // scales and staging are free again
+    });
   }
 }
 

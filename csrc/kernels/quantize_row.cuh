@@ -34,12 +34,11 @@ __device__ __forceinline__ uint2 Quantize(uint4 v, float inv_scale) {
                     PackE4m3x4(low(v.z), high(v.z), low(v.w), high(v.w)));
 }
 
-// Maximum over a team: a warp, or the whole block.
+// Maximum over a team: a warp, or a whole block of kTeam threads.
 template <int kTeam>
 __device__ __forceinline__ uint32_t TeamMax(uint32_t value) {
   value = __reduce_max_sync(0xffffffffu, value);
   if constexpr (kTeam > 32) {
-    static_assert(kTeam == kQuantizeThreads, "a team is one warp or one block");
     __shared__ uint32_t warp_max[kTeam / 32];
     __syncthreads();  // the previous row's maxima have been read
     if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = value;

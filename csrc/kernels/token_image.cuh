@@ -1,91 +1,262 @@
-// Writes E4M3 rows as the shared-memory image that WGMMA reads: atoms of 8 tokens x 128 bytes with
-// the 128-byte swizzle, [K/128][atoms][1024 B], K permuted as in the weights (docs/layout.md).
+// Writes rows as a token image. The kernel has two policies: the Source says what a row holds
+// (bf16, quantised here; or E4M3), the Placement where it goes: to k rows after routing, or to its
+// own.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
 
+#include "kernels/plan.cuh"
 #include "kernels/quantize_row.cuh"
+#include "kernels/route.cuh"
+#include "ptx/sm90.cuh"
 #include "schedule/grouped.cuh"
+#include "schedule/rows.cuh"
 
 namespace jax_w4moe {
 
 inline constexpr int kImageThreads = 128;
 
-// The row of lhs-in-expert-order that an image's padded row shows, or -1 for padding.
-__device__ __forceinline__ int64_t RowOfPadded(int padded, int num_experts, const Plan& plan) {
-  const int atom = padded / kTokenAtom;
-  if (atom >= plan.atom_start[num_experts]) return -1;
-  const int expert = LastNotAbove(plan.atom_start, num_experts, atom);
-  const int in_expert = padded - plan.atom_start[expert] * kTokenAtom;
-  return in_expert < plan.size[expert] ? plan.row_start[expert] + in_expert : -1;
+// The K of word t of a chunk of the image.
+__device__ __forceinline__ int ChunkK(int chunk, int t) {
+  return chunk / 8 * 128 + 32 * t + 4 * (chunk % 8);
 }
 
-// Where 16 bytes of a padded row lie: chunk 8 b + part holds instruction part / 2, half part % 2 of
-// K-block b, that is k = 128 b + 32 t + 4 part + byte for t = 0..3.
-__device__ __forceinline__ uint4* ImageChunk(uint8_t* image, int padded, int chunk, int num_atoms) {
-  const int token = padded % kTokenAtom;
-  const int64_t atom = int64_t{chunk / 8} * num_atoms + padded / kTokenAtom;
-  return reinterpret_cast<uint4*>(image + atom * 1024 + token * 128 + ((chunk % 8) ^ token) * 16);
-}
+// --- sources: rows of `width` values, a multiple of 32
+// --------------------------------------------
 
-// One block per padded row. Rows that pad an expert to whole atoms, and those beyond the last
-// expert, are zeros. `width` (of lhs) is a multiple of 32. With `pairs`, row r shows row
-// pairs[r] / top_k of lhs, and its scale is copied to row_scale[r].
-__global__ void __launch_bounds__(kImageThreads)
-    WriteTokenImage(const uint8_t* __restrict__ lhs, uint8_t* __restrict__ image, int num_experts,
-                    int width, int num_atoms, Plan plan, const int* __restrict__ pairs, int top_k,
-                    const float* __restrict__ x_scale, float* __restrict__ row_scale) {
-  int64_t row = RowOfPadded(blockIdx.x, num_experts, plan);
-  if (pairs && row >= 0) {
-    const int token = pairs[row] / top_k;
-    if (threadIdx.x == 0) row_scale[row] = x_scale[token];
-    row = token;
+// bf16, quantised by the rule of quantize_fp8.
+struct Bf16Rows {
+  const __nv_bfloat16* x;
+  int width;
+
+  // Returns what chunks are multiplied by, and sets the row's scale.
+  __device__ __forceinline__ float Begin(int64_t row, float& scale) const {
+    const uint4* vectors = reinterpret_cast<const uint4*>(x + row * width);
+    uint32_t amax_bits = 0;
+    for (int v = threadIdx.x; v < width / 8; v += kImageThreads) {
+      amax_bits = max(amax_bits, AbsMaxBits(__ldg(vectors + v)));
+    }
+    return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
   }
-  const int chunks = (width + 127) / 128 * 8;
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += kImageThreads) {
+  __device__ __forceinline__ uint4 Chunk(int64_t row, int chunk, float inv_scale) const {
     uint32_t words[4] = {0, 0, 0, 0};
-    if (row >= 0) {
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const int k = chunk / 8 * 128 + 32 * t + 4 * (chunk % 8);
-        if (k < width) words[t] = *reinterpret_cast<const uint32_t*>(lhs + row * width + k);
-      }
-    }
-    *ImageChunk(image, blockIdx.x, chunk, num_atoms) =
-        make_uint4(words[0], words[1], words[2], words[3]);
-  }
-}
-
-// Quantises rows of bf16 by the rule of quantize_fp8, with amax given, and writes their image. One
-// block per padded row; `width` is a multiple of 128.
-__global__ void __launch_bounds__(kQuantizeThreads)
-    QuantizeTokenImage(const __nv_bfloat16* __restrict__ h, const uint32_t* __restrict__ amax_bits,
-                       uint8_t* __restrict__ image, float* __restrict__ row_scale, int num_experts,
-                       int width, int num_atoms, Plan plan) {
-  const int64_t row = RowOfPadded(blockIdx.x, num_experts, plan);
-  const int chunks = width / 16;
-  if (row < 0) {
-    for (int chunk = threadIdx.x; chunk < chunks; chunk += kQuantizeThreads) {
-      *ImageChunk(image, blockIdx.x, chunk, num_atoms) = make_uint4(0, 0, 0, 0);
-    }
-    return;
-  }
-  const float inv_scale = FinishScale(amax_bits[row], threadIdx.x == 0, row_scale + row);
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += kQuantizeThreads) {
-    uint32_t words[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int k = chunk / 8 * 128 + 32 * t + 4 * (chunk % 8);
-      const uint2 four = *reinterpret_cast<const uint2*>(h + row * width + k);
+      const int k = ChunkK(chunk, t);
+      if (k >= width) continue;
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(x + row * width + k));
       words[t] = PackE4m3x4(__fmul_rn(LowBf16ToFloat(four.x), inv_scale),
                             __fmul_rn(HighBf16ToFloat(four.x), inv_scale),
                             __fmul_rn(LowBf16ToFloat(four.y), inv_scale),
                             __fmul_rn(HighBf16ToFloat(four.y), inv_scale));
     }
-    *ImageChunk(image, blockIdx.x, chunk, num_atoms) =
-        make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+// E4M3 with a scale per row.
+struct Fp8Rows {
+  const uint8_t* x;
+  const float* x_scale;
+  int width;
+
+  __device__ __forceinline__ float Begin(int64_t row, float& scale) const {
+    scale = x_scale[row];
+    return 1.0f;
+  }
+  __device__ __forceinline__ uint4 Chunk(int64_t row, int chunk, float) const {
+    uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int k = ChunkK(chunk, t);
+      if (k < width) words[t] = __ldg(reinterpret_cast<const uint32_t*>(x + row * width + k));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+// --- placements
+// -----------------------------------------------------------------------------------
+
+inline constexpr int kMaxTopK = 32;
+inline constexpr int kMaxCountedPairs = 1024;  // more are placed by route.cuh's kernels
+
+// Few tokens to the rows of their experts, by counting: the row of a pair is the number of pairs
+// with a smaller expert, or with the same expert and an earlier place. One more block writes the
+// plan.
+struct PlaceByCounting {
+  const int* topk_ids;  // [num_pairs]
+  int num_pairs, top_k, num_experts, tile_tokens;
+  Plan plan;
+  Place* places;   // [num_pairs], written
+  int* row_phase;  // [num_pairs], written
+
+  using Builder = PlanBuilder<kImageThreads>;
+  union Shared {
+    Place place[kMaxTopK];
+    struct {
+      int count[kMaxExperts + 1];
+      Builder::Shared scratch;
+    } build;
+  };
+
+  __device__ __forceinline__ int Count() const { return top_k; }
+  __device__ __forceinline__ bool Begin(Shared& shared, int token) const {
+    if (token * top_k >= num_pairs) {
+      BuildPlan(shared);
+      return false;
+    }
+    const int lane = threadIdx.x % 32;
+    for (int slot = threadIdx.x / 32; slot < top_k; slot += kImageThreads / 32) {
+      const int pair = token * top_k + slot;
+      const int expert = ValidExpert(topk_ids[pair], num_experts);
+      int smaller = 0, earlier = 0;
+      for (int other = lane; other < num_pairs; other += 32) {
+        const int its = ValidExpert(topk_ids[other], num_experts);
+        smaller += its < expert;
+        earlier += its == expert && other < pair;
+      }
+      smaller = __reduce_add_sync(~0u, smaller);
+      earlier = __reduce_add_sync(~0u, earlier);
+      if (lane == 0) {
+        const int row = smaller + earlier, phase = expert < num_experts ? earlier % 8 : -1;
+        shared.place[slot] = places[pair] = {row, phase};
+        row_phase[row] = phase;
+      }
+    }
+    __syncthreads();
+    return true;
+  }
+  __device__ __forceinline__ Place At(const Shared& shared, int, int slot) const {
+    return shared.place[slot];
+  }
+
+ private:
+  __device__ __forceinline__ void BuildPlan(Shared& shared) const {
+    int (&count)[kMaxExperts + 1] = shared.build.count;
+    for (int e = threadIdx.x; e <= kMaxExperts; e += kImageThreads) count[e] = 0;
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < num_pairs; pair += kImageThreads) {
+      const int expert = ValidExpert(topk_ids[pair], num_experts);
+      if (expert < num_experts) atomicAdd(&count[expert], 1);  // integers: exact
+    }
+    __syncthreads();
+    int size[Builder::kItems], start[Builder::kItems];
+#pragma unroll
+    for (int i = 0; i < Builder::kItems; ++i) size[i] = count[threadIdx.x * Builder::kItems + i];
+    Builder::Starts(shared.build.scratch, size, start);
+    Builder::Write(shared.build.scratch, size, start, num_experts, tile_tokens, plan);
+  }
+};
+
+// Tokens to the rows that RankPairs gave them.
+struct PlaceByTable {
+  const Place* places;  // [tokens, top_k]
+  int top_k;
+  int* row_phase;  // written
+
+  struct Shared {};
+
+  __device__ __forceinline__ int Count() const { return top_k; }
+  __device__ __forceinline__ bool Begin(Shared&, int token) const {
+    if (threadIdx.x < top_k) {
+      const Place place = places[token * top_k + threadIdx.x];
+      row_phase[place.row] = place.phase;
+    }
+    return true;
+  }
+  __device__ __forceinline__ Place At(const Shared&, int token, int slot) const {
+    return places[token * top_k + slot];
+  }
+};
+
+// Rows that stay where they are, with their phases known.
+struct PlaceInPlace {
+  const int* row_phase;
+
+  struct Shared {};
+
+  __device__ __forceinline__ int Count() const { return 1; }
+  __device__ __forceinline__ bool Begin(Shared&, int row) const { return row_phase[row] >= 0; }
+  __device__ __forceinline__ Place At(const Shared&, int row, int) const {
+    return {row, row_phase[row]};
+  }
+};
+
+// Rows that stay where they are, grouped as a plan says. Rows of no group get a zero row in `out`.
+struct PlaceByGroup {
+  Plan plan;
+  int num_experts;
+  int rows_per_expert;  // as in PlanGroups
+  int* row_phase;       // written; may be null
+  uint8_t* out;         // the op's result
+  int64_t out_bytes;    // of a row, a multiple of 16
+
+  struct Shared {
+    int before[kImageThreads / 32];
+    int phase;
+  };
+
+  __device__ __forceinline__ int Count() const { return 1; }
+  __device__ __forceinline__ bool Begin(Shared& shared, int row) const {
+    int expert;
+    if (rows_per_expert) {
+      expert = row / rows_per_expert;
+    } else {  // the last that starts at or before the row; empty ones share their starts
+      int count = 0;
+      for (int e = threadIdx.x; e < num_experts; e += kImageThreads) {
+        count += plan.row_start[e] <= row;
+      }
+      count = __reduce_add_sync(~0u, count);
+      if (threadIdx.x % 32 == 0) shared.before[threadIdx.x / 32] = count;
+      __syncthreads();
+      expert = -1;
+#pragma unroll
+      for (int w = 0; w < kImageThreads / 32; ++w) expert += shared.before[w];
+    }
+    const int in_expert = row - plan.row_start[expert];
+    const bool live = in_expert < plan.size[expert];
+    if (threadIdx.x == 0) {
+      shared.phase = live ? in_expert % 8 : -1;
+      if (row_phase) row_phase[row] = shared.phase;
+    }
+    __syncthreads();
+    if (live) return true;
+    uint4* zeros = reinterpret_cast<uint4*>(out + row * out_bytes);
+    for (int i = threadIdx.x; i < out_bytes / 16; i += kImageThreads) {
+      zeros[i] = make_uint4(0, 0, 0, 0);
+    }
+    return false;
+  }
+  __device__ __forceinline__ Place At(const Shared& shared, int row, int) const {
+    return {row, shared.phase};
+  }
+};
+
+// One block per row of the source.
+template <typename Source, typename Placement>
+__global__ void __launch_bounds__(kImageThreads)
+    WriteTokenImage(Source source, Placement placement, TokenImage image) {
+  __shared__ typename Placement::Shared shared;
+  const int row = blockIdx.x;
+  ptx::WaitForPrecedingKernels();
+  ptx::LaunchDependents();
+  if (!placement.Begin(shared, row)) return;
+  float scale;
+  const float inv_scale = source.Begin(row, scale);
+  if (threadIdx.x < placement.Count()) {
+    const Place place = placement.At(shared, row, threadIdx.x);
+    if (place.phase >= 0) image.row_scale[place.row] = scale;
+  }
+  const int chunks = (source.width + 127) / 128 * 8;
+  for (int chunk = threadIdx.x; chunk < chunks; chunk += kImageThreads) {
+    const uint4 value = source.Chunk(row, chunk, inv_scale);
+    for (int slot = 0; slot < placement.Count(); ++slot) {
+      const Place place = placement.At(shared, row, slot);
+      if (place.phase >= 0) image.Write(place, chunk, value);
+    }
   }
 }
 

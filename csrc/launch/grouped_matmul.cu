@@ -1,28 +1,37 @@
-// The launches of grouped_matmul.
+// The launches of grouped_matmul, and its workspace.
 #include "epilogue/scaled_store.cuh"
-#include "kernels/zero_tail.cuh"
-#include "launch/grouped_gemm.cuh"
+#include "launch/grouped_gemm.h"
 #include "launch/grouped_matmul.h"
-#include "launch/permute.h"
+#include "launch/launch.h"
+#include "launch/token_image.h"
 
 namespace jax_w4moe {
 namespace {
 
+struct Workspace {
+  Arena arena;
+  Plan plan;
+  TokenImage image;
+
+  Workspace(int64_t num_rows, int64_t k_blocks, void* base)
+      : arena(base),
+        plan(Plan::At(arena.Take<uint8_t>(Plan::kBytes))),
+        image{arena.Take<uint8_t>(num_rows * k_blocks * 128), arena.Take<float>(num_rows),
+              num_rows} {}
+};
+
 template <typename Out>
 void LaunchWithOutput(const GroupedMatmulParams& p, const GroupedGemmParams& gemm, int num_sms,
                       cudaStream_t stream) {
-  Out* out = static_cast<Out*>(p.out);
-  const ScaledStore<Out> store{out, p.x_scale, nullptr, static_cast<int>(p.num_rows), p.gate_up};
+  const ScaledStore<Out> store{static_cast<Out*>(p.out), nullptr, static_cast<int>(p.num_columns),
+                               p.gate_up};
   LaunchGroupedGemm(p.tile_tokens, gemm, store, num_sms, stream);
-  ZeroTail<<<num_sms, 256, 0, stream>>>(out, p.num_tokens, p.num_rows, gemm.num_experts, gemm.plan);
 }
 
 }  // namespace
 
-bool HasTile(int64_t tile_tokens) { return TileWarpgroups(tile_tokens) != 0; }
-
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_tokens, int64_t num_experts, int64_t k_blocks) {
-  return Plan::kBytes + NumAtoms(num_tokens, num_experts) * k_blocks * 1024;
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks) {
+  return Workspace(num_rows, k_blocks, nullptr).arena.used();
 }
 
 cudaError_t PrepareGroupedMatmul() {
@@ -31,26 +40,26 @@ cudaError_t PrepareGroupedMatmul() {
 }
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t stream) {
-  if (p.num_tokens == 0) return cudaSuccess;
+  if (p.num_rows == 0) return cudaSuccess;
   int num_sms = 0;
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
 
+  const Workspace ws(p.num_rows, p.k_blocks, p.workspace);
   const int num_experts = static_cast<int>(p.num_experts);
-  const int num_atoms = static_cast<int>(NumAtoms(p.num_tokens, p.num_experts));
-  const int warpgroups = TileWarpgroups(p.tile_tokens);
-  const int row_tiles = static_cast<int>((p.row_blocks + warpgroups - 1) / warpgroups);
-  uint8_t* image = static_cast<uint8_t*>(p.workspace) + Plan::kBytes;
+  LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction)}, static_cast<int>(p.num_rows),
+              Groups{p.group_sizes, num_experts, 0, static_cast<int>(p.tile_tokens), ws.plan,
+                     nullptr, p.out, p.num_columns * (p.out_is_f32 ? 4 : 2)},
+              ws.image, stream);
   const GroupedGemmParams gemm{static_cast<const uint8_t*>(p.records),
-                               image,
-                               Plan::At(p.workspace),
+                               ws.image.data,
+                               ws.image.row_scale,
+                               ws.plan,
                                num_experts,
                                static_cast<int>(p.row_blocks),
                                static_cast<int>(p.k_blocks),
-                               num_atoms};
-  LaunchPlanGroups(p.group_sizes, num_experts, p.num_tokens, p.tile_tokens, row_tiles, gemm.plan,
-                   stream);
-  LaunchWriteTokenImage(p.lhs, image, num_experts, p.contraction, num_atoms, gemm.plan, {}, stream);
+                               ws.image.num_rows,
+                               true};
   if (p.out_is_f32) {
     LaunchWithOutput<float>(p, gemm, num_sms, stream);
   } else {

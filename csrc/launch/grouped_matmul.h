@@ -1,4 +1,4 @@
-// Launcher of grouped_matmul: plan, token image, grouped GEMM, zeros behind the last group.
+// Launcher of grouped_matmul: plan, token image, grouped GEMM.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,25 +8,25 @@
 namespace jax_w4moe {
 
 struct GroupedMatmulParams {
-  const void* lhs;         // e4m3[M, K]
-  const float* x_scale;    // f32[M]
+  const void* lhs;         // bf16[M, K], or e4m3 with x_scale
+  const float* x_scale;    // f32[M], or null
   const void* records;     // u8[E, row_blocks, k_blocks, 4352]
   const int* group_sizes;  // i32[E]
-  void* out;               // [M, num_rows], bf16 or f32
+  void* out;               // [M, num_columns], bf16 or f32
   void* workspace;         // GroupedMatmulWorkspaceBytes
-  int64_t num_tokens;      // M
+  int64_t num_rows;        // M
   int64_t contraction;     // K
   int64_t num_experts;     // E
   int64_t row_blocks;
   int64_t k_blocks;
-  int64_t num_rows;     // logical N
+  int64_t num_columns;  // logical N
   int64_t tile_tokens;  // a row of the tile table
   bool gate_up;
   bool out_is_f32;
 };
 
 // The same formula as jax_w4moe/ops/grouped_matmul.py; a test compares them.
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_tokens, int64_t num_experts, int64_t k_blocks);
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks);
 
 // Raises the shared-memory limit of every compiled tile on the current device.
 cudaError_t PrepareGroupedMatmul();

@@ -1,6 +1,7 @@
 // One K128 step of a warpgroup: four WGMMAs m64nNk32, A in registers, B in shared memory.
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N that are no power of two
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
@@ -15,9 +16,16 @@ struct WgmmaAtom;
   };
 JAX_W4MOE_WGMMA_ATOM(8)
 JAX_W4MOE_WGMMA_ATOM(16)
+JAX_W4MOE_WGMMA_ATOM(24)
 JAX_W4MOE_WGMMA_ATOM(32)
+JAX_W4MOE_WGMMA_ATOM(40)
+JAX_W4MOE_WGMMA_ATOM(48)
+JAX_W4MOE_WGMMA_ATOM(56)
 JAX_W4MOE_WGMMA_ATOM(64)
-JAX_W4MOE_WGMMA_ATOM(128)
+JAX_W4MOE_WGMMA_ATOM(72)
+JAX_W4MOE_WGMMA_ATOM(80)
+JAX_W4MOE_WGMMA_ATOM(88)
+JAX_W4MOE_WGMMA_ATOM(96)
 #undef JAX_W4MOE_WGMMA_ATOM
 
 // Descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128 bytes (PTX ISA,
@@ -36,7 +44,7 @@ __device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
 }
 
 // Issues and commits the product of one record with one token tile; `partial` is overwritten and
-// may be read after warpgroup_wait.
+// may be read after WaitForProducts.
 template <int N>
 __device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint32_t (&a)[4][4],
                                              uint32_t tokens) {
@@ -49,12 +57,12 @@ __device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint
   cute::warpgroup_commit_batch();
 }
 
-// Waits for the products; from here on the compiler may read `partial`.
-template <int N>
-__device__ __forceinline__ void WaitForProducts(float (&partial)[N / 2]) {
-  cute::warpgroup_wait<0>();
+// Waits for all products but the last kInFlight; from here on the compiler may read `partial`.
+template <int kInFlight, int N>
+__device__ __forceinline__ void WaitForProducts(float (&partial)[N]) {
+  cute::warpgroup_wait<kInFlight>();
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(partial[i]);
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(partial[i]);
 }
 
 }  // namespace jax_w4moe

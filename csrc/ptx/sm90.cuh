@@ -13,6 +13,17 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // weights: read once per step
 inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;   // tokens: read by every row tile
 
+// threadIdx.x, read again: what is computed from it is not kept in registers from before.
+__device__ __forceinline__ int FreshThreadIndex() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// A value that is equal in all lanes of the warp, in a form that the compiler knows to be so: what
+// follows from it may live in uniform registers, where WGMMA takes its descriptors from.
+__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 // cp.async.bulk of `bytes` (a multiple of 16) from global to shared, signalling an mbarrier.
 __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, uint32_t bytes,
                                          uint32_t mbarrier, uint64_t policy) {
@@ -21,6 +32,27 @@ __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, ui
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared),
       "l"(global), "r"(bytes), "r"(mbarrier), "l"(policy)
       : "memory");
+}
+
+// cp.async of 4 bytes from global to shared, and the wait for all that this thread has issued.
+__device__ __forceinline__ void CopyAsync4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CopyAsyncWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Asks for `bytes` (a multiple of 16) to be brought to L2.
+__device__ __forceinline__ void PrefetchToL2(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// Programmatic dependent launch. Both do nothing in a kernel launched without it.
+// Returns once the kernels before this one on the stream are complete and visible.
+__device__ __forceinline__ void WaitForPrecedingKernels() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// Lets the next kernel on the stream start where there is room; it waits as above.
+__device__ __forceinline__ void LaunchDependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 __device__ __forceinline__ void BarrierInit(uint32_t mbarrier, uint32_t arrivals) {
@@ -88,6 +120,20 @@ __device__ __forceinline__ uint2 LoadShared64(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
+}
+
+// Stores 8x8 matrices of 16-bit values, held as accumulator fragments, by columns: lane i of the
+// first 8 (16 for two matrices) gives the address of 16 bytes, column i % 8 of matrix i / 8.
+__device__ __forceinline__ void StoreMatrixTransposed(uint32_t address, uint32_t fragment) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address),
+               "r"(fragment)
+               : "memory");
+}
+__device__ __forceinline__ void StoreMatricesTransposed(uint32_t address, uint32_t first,
+                                                        uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(first), "r"(second)
+               : "memory");
 }
 
 }  // namespace jax_w4moe::ptx

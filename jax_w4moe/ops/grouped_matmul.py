@@ -1,31 +1,33 @@
-"""Groups of FP8 rows times their expert's packed matrix on the GPU."""
+"""Groups of rows times their expert's packed matrix on the GPU."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from jax_w4moe import _ffi
 from jax_w4moe.ops import tiles
+from jax_w4moe.ops.experts import or_nothing
 from jax_w4moe.types import PackedTensor
 
 
-def workspace_bytes(num_rows: int, num_experts: int, k_blocks: int) -> int:
-    """Bytes of workspace: the plan and the token image. csrc/launch/grouped_matmul.cu checks it."""
-    return tiles.PLAN_BYTES + tiles.image_bytes(num_rows, num_experts, k_blocks)
+def workspace_bytes(num_rows: int, k_blocks: int) -> int:
+    """Bytes of workspace, by the formula of csrc/launch/grouped_matmul.cu, which checks it."""
+    return tiles.workspace_bytes(tiles.image_parts(num_rows, k_blocks))
 
 
 def grouped_matmul_cuda(
-    lhs: Float8e4m3fn[Array, "M K"],
-    x_scale: Float32[Array, "M 1"],
+    lhs: Array,
+    x_scale: Float32[Array, "M 1"] | None,
     rhs: PackedTensor,
     group_sizes: Int32[Array, "E"],
     out_dtype: jnp.dtype,
 ) -> Array:
-    """``out[m] = x_scale[m] * (weights of m's expert) @ lhs[m]``, accumulated in f32.
+    """``out[m] = x_scale[m] * (weights of m's expert) @ x_fp8[m]``, accumulated in f32.
 
     Args:
-      lhs: rows grouped by expert. Not checked here, like all else.
-      x_scale: their scales.
+      lhs: rows grouped by expert, bf16 without x_scale or float8_e4m3fn with it. Not checked here,
+        like all else.
+      x_scale: scales of FP8 rows.
       rhs: one packed projection.
       group_sizes: rows per expert.
       out_dtype: bfloat16 or float32.
@@ -35,7 +37,7 @@ def grouped_matmul_cuda(
     """
     num_experts, num_rows, _ = rhs.shape
     lhs_type = jax.typeof(lhs)
-    nbytes = workspace_bytes(lhs.shape[0], num_experts, rhs.data.shape[2])
+    nbytes = workspace_bytes(lhs.shape[0], rhs.data.shape[2])
     out, _ = _ffi.call(
         "grouped_matmul",
         [
@@ -43,7 +45,7 @@ def grouped_matmul_cuda(
             lhs_type.update(shape=(nbytes,), dtype=jnp.uint8),
         ],
         lhs,
-        x_scale,
+        or_nothing(x_scale),
         rhs.data,
         group_sizes,
         gate_up=rhs.row_order == "gate_up",

@@ -1,24 +1,26 @@
-"""The compiled tiles of the grouped GEMM, chosen from static shapes."""
+"""The compiled tiles of the grouped GEMM, chosen from static shapes, and sizes of a workspace."""
 
 from jax_w4moe.formats.layout import round_up
 
-TILE_TOKENS = (8, 16, 32, 64, 128)
-"""Tokens of the compiled tiles; results do not depend on the tile, bit for bit."""
+TILE_TOKENS = (64, 224)
+"""Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
+rows of each expert into as few tiles as hold them, of equal width."""
 
-PLAN_BYTES = 16_512
-"""Bytes of a plan in a workspace, as in csrc/schedule/grouped.cuh."""
+_LARGE_FROM = 48  # rows per expert
 
-_ATOM = 8  # tokens of a swizzle atom; every expert's rows are padded to whole ones
+_PLAN_BYTES = 12_416  # as in csrc/schedule/grouped.cuh
 
 
 def tile_tokens(num_rows: int, num_experts: int) -> int:
-    """The smallest tile that holds the expected rows of an expert."""
-    expected = -(-num_rows // num_experts)
-    return next((tile for tile in TILE_TOKENS if tile >= expected), TILE_TOKENS[-1])
+    """The tile for the expected rows of an expert."""
+    return TILE_TOKENS[-(-num_rows // num_experts) > _LARGE_FROM]
 
 
-def image_bytes(num_rows: int, num_experts: int, k_blocks: int) -> int:
-    """Bytes of the token image of ``num_rows`` rows, every expert's padded to whole atoms."""
-    padding = min(num_rows, num_experts) * (_ATOM - 1)
-    atoms = round_up(num_rows + padding, _ATOM) // _ATOM + TILE_TOKENS[-1] // _ATOM
-    return atoms * k_blocks * 1024
+def workspace_bytes(parts: list[int]) -> int:
+    """Bytes of a plan and of parts that start at multiples of 128."""
+    return _PLAN_BYTES + sum(round_up(part, 128) for part in parts)
+
+
+def image_parts(num_rows: int, k_blocks: int) -> list[int]:
+    """A token image: its rows, and their scales."""
+    return [num_rows * k_blocks * 128, 4 * num_rows]

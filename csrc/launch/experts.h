@@ -1,0 +1,52 @@
+// The two projections of all experts with the activation between them, on rows in a token image:
+// what fused_moe and expert_mlp share.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "launch/launch.h"
+#include "schedule/grouped.cuh"
+#include "schedule/rows.cuh"
+
+namespace jax_w4moe {
+
+struct Experts {
+  const void* w13;        // u8[E, w13_row_blocks, w13_k_blocks, 4352]
+  const void* w2;         // u8[E, w2_row_blocks, w2_k_blocks, 4352]
+  const float* w13_bias;  // f32[E, w13_row_blocks, 64], or null
+  const float* w2_bias;   // f32[E, H], or null
+  int64_t num_experts;
+  int64_t hidden_size;
+  int64_t w13_row_blocks;
+  int64_t w13_k_blocks;
+  int64_t w2_row_blocks;
+  int64_t w2_k_blocks;
+  int64_t tile_tokens;
+  float alpha;
+  float beta;
+  float limit;  // infinite for no clamp
+};
+
+// Parts of a workspace for `rows` rows.
+struct ExpertsWorkspace {
+  Plan plan;
+  int* row_phase;
+  TokenImage x;
+  TokenImage h_image;
+  __nv_bfloat16* h;
+
+  ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena);
+};
+
+// Raises the shared-memory limits on the current device.
+cudaError_t PrepareExperts();
+
+// From x in the workspace, placed as plan and row_phase say, to out bf16[rows, H], row by row;
+// rows of no expert are not written.
+cudaError_t LaunchExperts(const Experts& experts, const ExpertsWorkspace& workspace, int num_rows,
+                          __nv_bfloat16* out, cudaStream_t stream);
+
+}  // namespace jax_w4moe

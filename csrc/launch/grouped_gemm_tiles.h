@@ -1,0 +1,18 @@
+// The table of compiled tiles of the grouped GEMM; jax_w4moe/ops/tiles.py has the same.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_w4moe {
+
+// Token sub-tiles, tokens of each at most, math warpgroups, stages.
+#define JAX_W4MOE_TILES(X) X(1, 64, 3, 9) X(4, 56, 2, 5)
+
+// Whether a tile of that many tokens is compiled.
+constexpr bool HasTile(int64_t tile_tokens) {
+#define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages) || tile_tokens == subtiles* width
+  return false JAX_W4MOE_TILES(JAX_W4MOE_CASE);
+#undef JAX_W4MOE_CASE
+}
+
+}  // namespace jax_w4moe

@@ -1,0 +1,48 @@
+"""What ``fused_moe`` and ``expert_mlp`` share: experts as operands, their part of a workspace."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_w4moe.activations import SwiGLU
+from jax_w4moe.formats.layout import BLOCK_ROWS
+from jax_w4moe.ops import tiles
+from jax_w4moe.types import PackedExperts
+
+
+def workspace_parts(num_rows: int, experts: PackedExperts) -> list[int]:
+    """Bytes of the parts, by csrc/launch/experts.cu, which checks their sum."""
+    _, row_blocks13, k_blocks13, _ = experts.w13.data.shape
+    k_blocks2 = experts.w2.data.shape[2]
+    return [
+        4 * num_rows,  # phases
+        *tiles.image_parts(num_rows, k_blocks13),  # x
+        *tiles.image_parts(num_rows, k_blocks2),  # h
+        2 * num_rows * row_blocks13 * BLOCK_ROWS // 2,  # h, bf16
+    ]
+
+
+def operands(experts: PackedExperts) -> list[jax.Array]:
+    """The weights and biases, in the handlers' order."""
+    return [
+        experts.w13.data,
+        or_nothing(experts.w13_bias),
+        experts.w2.data,
+        or_nothing(experts.w2_bias),
+    ]
+
+
+def or_nothing(array: jax.Array | None) -> jax.Array:
+    """An operand that may be left out: no elements stand for None."""
+    return jnp.zeros(0, jnp.float32) if array is None else array
+
+
+def attributes(activation: SwiGLU, num_rows: int, num_experts: int) -> dict[str, Any]:
+    """What the handlers are told beside their operands."""
+    return {
+        "alpha": activation.alpha,
+        "beta": activation.beta,
+        "limit": float("inf") if activation.limit is None else activation.limit,
+        "tile_tokens": tiles.tile_tokens(num_rows, num_experts),
+    }
