@@ -269,7 +269,7 @@ def _kernel(modules: tuple[FusedMoE, ...], tokens: int) -> tuple[float, float]:
     key = jax.random.key(3)
     x = jax.random.normal(key, (tokens, first.hidden_size), jnp.bfloat16)
     ids, weights = topk_routing(jax.random.normal(key, (tokens, first.num_experts)), top_k)
-    time_us = median_us(lambda packed: fused_moe(x, packed, ids, weights), experts, calls=64)
+    time_us = median_us(lambda packed: fused_moe(x, packed, ids, weights), experts)
     touched = len(np.unique(np.asarray(ids))) / first.num_experts
     flops = roofline.layer_flops(ids.size, first.hidden_size, first.intermediate_size)
     return time_us, roofline.floor_us(first.nbytes * touched, flops)

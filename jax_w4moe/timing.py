@@ -1,7 +1,8 @@
-"""Microseconds of an op on a GPU: many calls per measurement, the median of many measurements.
+"""Microseconds of an op on a GPU, as a step of a compiled program that is replayed.
 
-A measurement is one jitted program that loops over a set of inputs, so the host's share vanishes.
-Inputs that together exceed the L2 cache several times over are cold in it.
+A program calls the op on each of a set of inputs, a dozen calls or so; programs are dispatched back
+to back, so that the host's share vanishes behind the device's. Inputs that together exceed the L2
+cache several times over are cold in it.
 """
 
 import statistics
@@ -11,40 +12,43 @@ from typing import Any
 
 import jax
 
-COLD_BYTES = 512 << 20  # the largest L2 of a Hopper GPU is 60 MB
-CALLS = 1024
+CALLS = 12  # of a program, at least
+SECONDS = 0.02  # of a measurement, about
 REPEATS = 30
 
 
-def median_us(
-    op: Callable[[Any], Any], inputs: Sequence[Any], *, calls: int = CALLS, repeats: int = REPEATS
-) -> float:
+def median_us(op: Callable[[Any], Any], inputs: Sequence[Any], *, repeats: int = REPEATS) -> float:
     """Microseconds per call of ``op``, the median over ``repeats`` measurements.
 
     Args:
-      op: the function; traced once.
-      inputs: arrays or trees of them with ``nbytes``, taken in turn.
-      calls: per measurement, at most.
+      op: the function; traced as often as it is called in a program. What it closes over becomes a
+        constant of the program, so large arrays must be inputs.
+      inputs: arrays or trees of them, taken in turn.
       repeats: measurements.
 
     Returns:
       Microseconds.
     """
-    rounds = max(2, min(calls, COLD_BYTES * 64 // max(inputs[0].nbytes, 1)) // len(inputs))
+    rounds = -(-CALLS // len(inputs))
 
     @jax.jit
-    def measurement(inputs: Sequence[Any]) -> list[Any]:
-        def round_of_calls(i: jax.Array, _: list[Any]) -> list[Any]:
-            # The barrier ties the inputs to i: without it XLA would call op once, before the loop.
-            _, fresh = jax.lax.optimization_barrier((i, list(inputs)))
-            return [op(x) for x in fresh]
+    def program(inputs: Sequence[Any]) -> list[Any]:
+        results: list[Any] = []
+        for _ in range(rounds):
+            # The barrier makes each round's calls new ones to XLA, and orders them.
+            results, inputs = jax.lax.optimization_barrier((results, inputs))
+            results = [*results, *map(op, inputs)]
+        return results
 
-        return jax.lax.fori_loop(0, rounds, round_of_calls, [op(x) for x in inputs])
-
-    jax.block_until_ready(measurement(inputs))
-    seconds = []
-    for _ in range(repeats):
+    def seconds(programs: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(measurement(inputs))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) / ((rounds + 1) * len(inputs)) * 1e6
+        for _ in range(programs - 1):
+            program(inputs)
+        jax.block_until_ready(program(inputs))
+        return time.perf_counter() - start
+
+    for _ in range(5):  # compiled, then recorded, then replayed
+        once = seconds(1)
+    programs = max(2, min(50, round(SECONDS / once)))
+    times = [seconds(programs) for _ in range(repeats)]
+    return statistics.median(times) / (programs * rounds * len(inputs)) * 1e6

@@ -132,11 +132,15 @@ def test_a_hundred_repeats_beside_a_tenant(
     library = sm_holder.load(tmp_path_factory.mktemp("sm_holder"))
     experts = _layer(shape, False)
     calls = [_tokens(shape, num_tokens) for num_tokens in (1, 65, 2049)]
-    expected = [np.asarray(kernel(x, experts, ids, weights)) for x, ids, weights in calls]
+
+    def run() -> list[jax.Array]:
+        return jax.block_until_ready([kernel(x, experts, ids, w) for x, ids, w in calls])
+
+    for _ in range(5):  # what is loaded, allocated or recorded once may wait for the whole GPU
+        expected = [np.asarray(y) for y in run()]
     for repeat in range(100):
         with sm_holder.held(library, 1 + repeat * 63 // 99):
-            actual = [kernel(x, experts, ids, weights) for x, ids, weights in calls]
-            jax.block_until_ready(actual)
+            actual = run()
         for one, other in zip(actual, expected, strict=True):
             assert_bitwise(one, other)
 
@@ -150,7 +154,7 @@ def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
     expected = np.asarray(kernel(x, experts, ids, weights))
     nbytes = op.workspace_bytes(num_tokens, shape[3], experts)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
     def call(workspace: jax.Array) -> list[jax.Array]:
         types = [
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),

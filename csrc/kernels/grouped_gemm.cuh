@@ -28,6 +28,7 @@ struct GroupedGemmParams {
   int row_blocks;
   int k_blocks;
   int64_t image_rows;
+  int ticket;        // which of the plan's
   bool plan_is_old;  // the plan was complete before the preceding kernel began
 };
 
@@ -49,7 +50,8 @@ struct GroupedGemmTile {
   static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * kTokens * 4;
   static constexpr int kBarriersAt = kTableAt + Mxfp4::kTableBytes;
-  static constexpr int kItemsAt = kBarriersAt + 16 * kStages;
+  static constexpr int kStageItemsAt = kBarriersAt + 16 * kStages;
+  static constexpr int kItemsAt = kStageItemsAt + (4 * kStages + 15) / 16 * 16;
   static constexpr int kPlanAt = kItemsAt + 4 * kWarpgroups * static_cast<int>(sizeof(WorkItem));
   static constexpr int kSharedBytes = kPlanAt + static_cast<int>(sizeof(SharedPlan));
   static_assert(kItemsAt % 16 == 0, "items are aligned");
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
+  int* stage_item = reinterpret_cast<int*>(shared + Tile::kStageItemsAt);  // what a stage is of
   SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared + Tile::kPlanAt);
   const int row_tiles = (p.row_blocks + kWarpgroups - 1) / kWarpgroups;
   const int64_t slab_bytes = int64_t{p.k_blocks} * kRecordBytes;
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const bool is_tokens = thread == kWarpgroups;
     const uint32_t offset = is_tokens ? 0 : Tile::kWeightsAt + thread * kRecordBytes;
     const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
-    const uint64_t policy = is_tokens ? ptx::kEvictLast : ptx::kEvictFirst;
+    const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
     const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
     auto slabs_of = [&](const WorkItem& item) {
       return min(kWarpgroups, p.row_blocks - item.first_slab);
@@ -127,7 +130,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::LaunchDependents();
     int stage = 0;
     uint32_t parity = 1;
-    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+    int* taken = p.plan.tickets + p.ticket;
+    int i = blockIdx.x;
+    while (i < num_items) {
+      // The next item's number is asked for early: the answer takes as long as a K128 or two.
+      int following = 0;
+      if (thread == 0) following = gridDim.x + atomicAdd(taken, 1);
       const WorkItem item = item_at(i);
       const int slabs = slabs_of(item);
       const bool copies = is_tokens || thread < slabs;
@@ -138,6 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int k = p.k_blocks; k > 0; --k) {
         ptx::BarrierWait(empty + 8 * stage, parity);
         if (thread == 0) {
+          stage_item[stage] = i;
           ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + slabs * kRecordBytes);
         }
         __syncwarp();
@@ -151,6 +160,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           parity ^= 1;
         }
       }
+      i = __shfl_sync(~0u, following, 0);
+    }
+    ptx::BarrierWait(empty + 8 * stage, parity);
+    if (thread == 0) {
+      stage_item[stage] = num_items;  // no more
+      ptx::BarrierArrive(full + 8 * stage);
     }
     return;
   }
@@ -158,6 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   cutlass::arch::warpgroup_reg_alloc<kWarpgroups == 2 ? 232 : 152>();
   if (p.plan_is_old) ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
+  const uint64_t first_tile = TokenDescriptor(tokens);
   const uint32_t scales = tokens + Tile::kScalesAt + warpgroup * Tile::kTokens * 4;
   // The item lies in shared memory while registers are scarce.
   volatile WorkItem& kept =
@@ -173,9 +189,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto release = [&](int used) {
     if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
   };
-  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+  while (true) {
+    ptx::BarrierWait(full + 8 * stage, parity);
+    const int number = ptx::Uniform(*static_cast<volatile int*>(stage_item + stage));
+    if (number >= num_items) break;
     {
-      const WorkItem item = item_at(i);
+      const WorkItem item = item_at(number);
       __syncwarp();  // the last item has been read
       if (thread % 32 == 0) {
         kept.expert = item.expert;
@@ -222,16 +241,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       auto multiply = [&](int at, int n, float (&products)[kWidth / 2],
                           const uint32_t (&fragments)[4][4]) {
         MultiplyK128<kWidth>(products, fragments,
-                             tokens + at * Tile::kTokenBytes + n * kWidth * 128);
+                             first_tile + (at * Tile::kTokens + n * kWidth) * kDescriptorToken);
       };
       // kSteps K128, the first of them decoded into a[0]. While one product is added, the next is
       // in flight and the next record is decoded. ptxas serialises what stays in flight from one
       // turn of a loop to the next, so all is added at the end.
       auto steps = [&](auto num_steps, bool more) {
         constexpr int kSteps = decltype(num_steps)::value, kProducts = kSteps * kSubtiles;
-        const int first = stage;
-        multiply(first, 0, partial[0], a[0]);
-        int used = first;
+        int used = stage;
+        multiply(used, 0, partial[0], a[0]);
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) {
           const int now = i / kSubtiles, n = i % kSubtiles, next = (i + 1) / kSubtiles;
@@ -239,15 +257,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             used = stage;
             advance();
           }
-          if (now + 1 < kSteps || more) {
+          if (next == now) multiply(used, n + 1, partial[(i + 1) % 2], a[now % 2]);
+          if (now + 1 < kSteps || more) {  // in two parts, while the first two products run
             if (n == 0) load_first(a[(now + 1) % 2]);
             if (n == (kSubtiles > 1 ? 1 : 0)) load_second(a[(now + 1) % 2]);
+          }
+          if (next != now && i + 1 < kProducts) {
+            multiply(stage, 0, partial[(i + 1) % 2], a[next % 2]);
           }
           float scale[2];  // read for every product: registers are scarce
           Mxfp4::LoadScale(record_at(used), thread, scale);
           if (i + 1 < kProducts) {
-            multiply(next == now ? used : stage, (i + 1) % kSubtiles, partial[(i + 1) % 2],
-                     a[next % 2]);
             WaitForProducts<1>(partial[i % 2]);
           } else {
             WaitForProducts<0>(partial[i % 2]);

@@ -41,6 +41,7 @@ struct PlanBuilder {
       plan.tile_start[expert] = tile_start[i];
     }
     if (threadIdx.x == 0) plan.tile_start[num_experts] = total;
+    if (threadIdx.x < Plan::kTickets) plan.tickets[threadIdx.x] = 0;
   }
 };
 

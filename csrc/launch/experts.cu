@@ -38,14 +38,14 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   LaunchGroupedGemm(
       e.tile_tokens,
       GroupedGemmParams{static_cast<const uint8_t*>(e.w13), ws.x.data, ws.x.row_scale, ws.plan,
-                        experts, slabs, static_cast<int>(e.w13_k_blocks), ws.x.num_rows, false},
+                        experts, slabs, static_cast<int>(e.w13_k_blocks), ws.x.num_rows, 0, false},
       SwiGlu{ws.h, e.w13_bias, slabs, e.alpha, e.beta, e.limit}, num_sms, stream);
   LaunchRequantize(ws.h, slabs * 32, num_rows, ws.row_phase, ws.h_image, stream);
   LaunchGroupedGemm(
       e.tile_tokens,
       GroupedGemmParams{static_cast<const uint8_t*>(e.w2), ws.h_image.data, ws.h_image.row_scale,
                         ws.plan, experts, static_cast<int>(e.w2_row_blocks),
-                        static_cast<int>(e.w2_k_blocks), ws.h_image.num_rows, true},
+                        static_cast<int>(e.w2_k_blocks), ws.h_image.num_rows, 1, true},
       ScaledStore<__nv_bfloat16>{out, e.w2_bias, hidden, false}, num_sms, stream);
   return cudaGetLastError();
 }

@@ -59,6 +59,7 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
                                static_cast<int>(p.row_blocks),
                                static_cast<int>(p.k_blocks),
                                ws.image.num_rows,
+                               0,
                                true};
   if (p.out_is_f32) {
     LaunchWithOutput<float>(p, gemm, num_sms, stream);

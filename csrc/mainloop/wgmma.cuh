@@ -29,7 +29,9 @@ JAX_W4MOE_WGMMA_ATOM(96)
 #undef JAX_W4MOE_WGMMA_ATOM
 
 // Descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128 bytes (PTX ISA,
-// "Matrix descriptor"). 32 of K further on is 32 bytes, 2 in the descriptor's units of 16.
+// "Matrix descriptor"). Its address is in units of 16 bytes: 32 of K further on is 2, the next
+// token kDescriptorToken.
+inline constexpr int kDescriptorToken = 128 / 16;
 __device__ __forceinline__ uint64_t TokenDescriptor(uint32_t shared) {
   constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32, kSwizzle128 = uint64_t{1} << 62;
   return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | kStride | kSwizzle128;
@@ -43,16 +45,15 @@ __device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
       accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-// Issues and commits the product of one record with one token tile; `partial` is overwritten and
-// may be read after WaitForProducts.
+// Issues and commits the product of one record with one token tile, given by its descriptor;
+// `partial` is overwritten and may be read after WaitForProducts.
 template <int N>
 __device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                             uint32_t tokens) {
-  const uint64_t descriptor = TokenDescriptor(tokens);
+                                             uint64_t tokens) {
   cute::warpgroup_arrive();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    Wgmma<N>(partial, a[j], descriptor + 2 * j, j > 0, std::make_index_sequence<N / 2>{});
+    Wgmma<N>(partial, a[j], tokens + 2 * j, j > 0, std::make_index_sequence<N / 2>{});
   }
   cute::warpgroup_commit_batch();
 }

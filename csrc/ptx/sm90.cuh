@@ -10,8 +10,8 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 }
 
 // L2 eviction policies in the encoding of createpolicy (PTX ISA, "Cache eviction priority hints").
-inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // weights: read once per step
-inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;   // tokens: read by every row tile
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // weights: once per step
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 
 // threadIdx.x, read again: what is computed from it is not kept in registers from before.
 __device__ __forceinline__ int FreshThreadIndex() {

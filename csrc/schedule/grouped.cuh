@@ -1,5 +1,6 @@
 // Which tile a persistent CTA works on next: (expert, row slabs, token tile) from group sizes that
-// only the device knows.
+// only the device knows. A CTA begins with the item of its own number; later ones it takes by
+// ticket, so that none waits for a slower one. Which CTA does an item changes no bit of it.
 //
 // An expert's rows are cut into as few token tiles as fit, all of one width. Work items are
 // numbered expert by expert, row slabs next, token tiles fastest, so that the token tiles of one
@@ -17,16 +18,18 @@ struct Plan {
   int* row_start;   // [E] first row of the expert in the token image, the scales and the output
   int* size;        // [E] its rows
   int* tile_start;  // [E + 1] token tiles of the experts before
+  int* tickets;     // [kTickets] for each grouped GEMM, how many items beyond the first are taken
 
+  static constexpr int kTickets = 2;
   static constexpr int64_t kBytes = 12416;
 
   __host__ __device__ static Plan At(void* workspace) {
     int* p = static_cast<int*>(workspace);
-    return {p, p + kMaxExperts, p + 2 * kMaxExperts};
+    return {p, p + kMaxExperts, p + 2 * kMaxExperts, p + 3 * kMaxExperts + 1};
   }
 };
 static_assert(Plan::kBytes % 128 == 0, "what follows the plan is aligned");
-static_assert(Plan::kBytes >= 4 * (3 * kMaxExperts + 1), "three arrays");
+static_assert(Plan::kBytes >= 4 * (3 * kMaxExperts + 1 + Plan::kTickets), "all arrays");
 
 // A plan in shared memory.
 struct SharedPlan {

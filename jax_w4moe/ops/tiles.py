@@ -6,7 +6,7 @@ TILE_TOKENS = (64, 224)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, of equal width."""
 
-_LARGE_FROM = 48  # rows per expert
+_LARGE_FROM = 64  # more rows per expert than this
 
 _PLAN_BYTES = 12_416  # as in csrc/schedule/grouped.cuh
 

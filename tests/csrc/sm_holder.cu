@@ -1,5 +1,6 @@
 // A test's other tenant of the GPU: blocks that each fill an SM and spin on a stream of their own
-// until they are told to stop.
+// until they are told to stop, or for kPatience: a test that cannot get past them must fail, not
+// hang.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -9,13 +10,24 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kShared = 200 * 1024;  // no room beside it for a block that needs much
 
+constexpr unsigned long long kPatience = 10'000'000'000;  // nanoseconds
+
 volatile int* stop_flag = nullptr;  // in host memory that the device sees
 int* arrived = nullptr;             // the same
 cudaStream_t stream = nullptr;
 
+__device__ unsigned long long Nanoseconds() {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
 __global__ void __launch_bounds__(kThreads) Spin(volatile int* stop, int* arrived) {
-  if (threadIdx.x == 0) atomicAdd_system(arrived, 1);
-  while (!*stop) __nanosleep(200);
+  if (threadIdx.x != 0) return;
+  atomicAdd_system(arrived, 1);
+  const unsigned long long start = Nanoseconds();
+  while (!*stop && Nanoseconds() - start < kPatience) __nanosleep(200);
+  if (!*stop) atomicAdd_system(arrived, -1);
 }
 
 int Report(const char* what, cudaError_t status) {
@@ -52,10 +64,13 @@ int sm_holder_start(int num_sms) {
   return 0;
 }
 
-// Lets them go; returns 0 when they are gone.
-int sm_holder_stop() {
+// Lets them go; returns 0 when they are gone and have held `num_sms` SMs until now.
+int sm_holder_stop(int num_sms) {
+  const bool held = *static_cast<volatile int*>(arrived) == num_sms;
   *stop_flag = 1;
-  return Report("stop", cudaStreamSynchronize(stream));
+  if (Report("stop", cudaStreamSynchronize(stream))) return 1;
+  if (!held) std::fprintf(stderr, "sm_holder: they lost patience before the stop\n");
+  return !held;
 }
 
 }  // extern "C"
