@@ -5,6 +5,7 @@
 #   make test       the tests that need no GPU (GPU tests run too where there is one)
 #   make test-all   the same and the comparisons with PyTorch implementations
 #   make gpu-test   only the GPU tests, on the compiled extension
+#   make sanitize   the kernels under compute-sanitizer (of the CUDA toolkit), on small layers
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmarks; needs a GPU
 #   make wheel      dist/*.whl with the CUDA extension
@@ -36,7 +37,7 @@ CSRC := $(shell find csrc -type f)
 PACKAGE := $(STAMPS)/package-$(JAX_W4MOE_CUDA)-$(NAMES)
 INSTALLED := $(PACKAGE) $(if $(GPU),$(STAMPS)/extra-cuda13)
 
-.PHONY: demo test test-all test-judge gpu-test gpu-test-on lint bench bench-on wheel clean
+.PHONY: demo test test-all test-judge gpu-test gpu-test-on sanitize lint bench bench-on wheel clean
 
 demo: $(INSTALLED) $(STAMPS)/extra-flax $(STAMPS)/extra-checkpoint
 	$(PY) -m jax_w4moe demo
@@ -55,9 +56,16 @@ REQUIRE_GPU = $(PY) -c 'import sys, jax_w4moe; sys.exit(jax_w4moe.why_unavailabl
 
 gpu-test:
 	$(MAKE) JAX_W4MOE_CUDA=ON gpu-test-on
-gpu-test-on: $(INSTALLED) $(STAMPS)/extra-test
+gpu-test-on: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-gpu-test
 	@$(REQUIRE_GPU)
 	$(PY) -m pytest -q -m gpu tests
+
+sanitize: $(INSTALLED) $(STAMPS)/extra-test
+	@$(REQUIRE_GPU)
+	for tool in memcheck initcheck racecheck; do \
+	  PYTHONPATH=. compute-sanitizer --tool $$tool --kernel-name kernel_substring=jax_w4moe \
+	    --error-exitcode 1 $(PY) -m tests.helpers.small_layers || exit 1; \
+	done
 
 bench:
 	$(MAKE) JAX_W4MOE_CUDA=ON bench-on

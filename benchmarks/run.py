@@ -48,7 +48,7 @@ def quantize_fp8(bandwidth: float) -> list[dict[str, Any]]:
     """Kernel against its floor: a launch on 8 elements, and its bytes (3 per element) copied."""
     rows = []
     tiny = [jnp.ones((1, 8), jnp.bfloat16) for _ in range(timing.MAX_INPUTS)]
-    launch_us = median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), tiny)
+    launch_us = timing.looped_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), tiny)
     for case in spec.QUANTIZE:
         shape = (case.num_tokens, case.hidden_size)
 
@@ -57,8 +57,8 @@ def quantize_fp8(bandwidth: float) -> list[dict[str, Any]]:
 
         elements = case.num_tokens * case.hidden_size
         inputs = timing.rotating_inputs(tokens, 2 * elements)
-        time_us = median_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), inputs)
-        xla_us = median_us(lambda x: w4.quantize_fp8(x, implementation="xla"), inputs)
+        time_us = timing.looped_us(lambda x: w4.quantize_fp8(x, implementation="cuda_sm90"), inputs)
+        xla_us = timing.looped_us(lambda x: w4.quantize_fp8(x, implementation="xla"), inputs)
         floor_us = launch_us + 3 * elements / bandwidth * 1e6
         rows.append(
             {

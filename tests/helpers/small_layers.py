@@ -1,0 +1,59 @@
+"""``python -m tests.helpers.small_layers``: every op with kernels on two small layers.
+
+For compute-sanitizer: all operands come from the host, so that initcheck, which watches our kernels
+only, knows what is written.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_w4moe as w4
+from tests.helpers import data
+
+SHAPES = ((256, 128, 4, 2), (96, 32, 5, 3))  # H, I, E, k
+NUM_TOKENS = (1, 9, 65, 700)  # the last is routed by several blocks
+
+
+def _to_gpu(tree: Any) -> Any:
+    gpu = jax.local_devices(backend="cuda")[0]
+    return jax.tree.map(lambda array: jax.device_put(np.asarray(array), gpu), tree)
+
+
+def _run(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+    rng = np.random.default_rng(0)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        on_host = w4.pack_experts(
+            data.expert_weights(rng, num_experts, hidden, intermediate, bias=True)
+        )
+        calls = [
+            (data.tokens(rng, n, hidden), *data.routing(rng, kind, n, num_experts, top_k))
+            for n in NUM_TOKENS
+            for kind in ("random", "outside")
+        ]
+        rows = data.tokens(rng, 50, hidden)
+        masked = data.tokens(rng, num_experts, 12, hidden)
+        sizes = jnp.asarray([7, 0, 30, 9, 1][:num_experts], jnp.int32)
+    experts, calls, rows, masked, sizes = _to_gpu((on_host, calls, rows, masked, sizes))
+    for x, ids, weights in calls:
+        np.asarray(w4.fused_moe(x, experts, ids, weights, implementation="cuda_sm90"))
+    for array in (rows, masked):
+        np.asarray(w4.expert_mlp(array, experts, sizes, implementation="cuda_sm90"))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        np.asarray(
+            w4.grouped_matmul(
+                rows,
+                experts.w13,
+                sizes,
+                preferred_element_type=dtype,
+                implementation="cuda_sm90",
+            )
+        )
+
+
+if __name__ == "__main__":
+    for shape in SHAPES:
+        _run(*shape)
+        print(shape, "done", flush=True)
