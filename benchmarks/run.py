@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import subprocess
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import jax
@@ -94,10 +95,10 @@ def packed(key: jax.Array, layer: spec.Layer) -> w4.PackedExperts:
     )
 
 
-def fused_moe() -> list[dict[str, Any]]:
+def fused_moe(layers: Iterable[spec.Layer] = spec.LAYERS) -> list[dict[str, Any]]:
     """The layer on uniform routing, against jax_w4moe.roofline."""
     rows = []
-    for layer in spec.LAYERS:
+    for layer in layers:
         make = jax.jit(packed, static_argnums=1)
         sets = [make(key, layer) for key in jax.random.split(jax.random.key(0), 3)]
         for num_tokens in spec.NUM_TOKENS:

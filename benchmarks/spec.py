@@ -1,4 +1,4 @@
-"""The named shapes that benchmarks run."""
+"""The named shapes that benchmarks run, and GPU tests too."""
 
 import dataclasses
 
@@ -32,6 +32,9 @@ class Layer:
 
 LAYERS = (
     Layer("deepseek-v4-flash", 4096, 2048, 256, 6),
+    Layer("deepseek-r1-ep8", 7168, 2048, 32, 8),
+    Layer("deepseek-r1-tp8", 7168, 256, 256, 8),
     Layer("gpt-oss-120b", 2880, 2880, 128, 4),
+    Layer("qwen3-30b", 2048, 768, 128, 8),
 )
 NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 8192)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_w4moe as w4
+from benchmarks import spec
 from jax_w4moe import _ffi, reference
 from jax_w4moe.ops import fused_moe as op
 from jax_w4moe.ops.experts import attributes, or_nothing
@@ -21,14 +22,10 @@ kernel = functools.partial(w4.fused_moe, implementation="cuda_sm90")
 KERNEL_RMS = 1e-2  # against the mirrored reference: ties of FP8 may fall either way
 GPT_OSS = w4.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 
-# (H, I, E, k): DeepSeek-V4-Flash, an EP rank and a TP8 rank of DeepSeek-R1, gpt-oss-120b,
-# Qwen3-30B, and two small odd ones.
-LARGE = (
-    (4096, 2048, 256, 6),
-    (7168, 2048, 32, 8),
-    (7168, 256, 256, 8),
-    (2880, 2880, 128, 4),
-    (2048, 768, 128, 8),
+# (H, I, E, k)
+LARGE = tuple(
+    (layer.hidden_size, layer.intermediate_size, layer.num_experts, layer.top_k)
+    for layer in spec.LAYERS
 )
 SMALL = ((256, 128, 4, 2), (96, 32, 5, 3))
 
@@ -75,13 +72,13 @@ def _check(shape: tuple[int, int, int, int], num_tokens: int, kind: str = "rando
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 8, 9, 63, 64, 65, 128, 129, 1000, 4096])
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_small_shapes_at_every_size(shape: tuple[int, int, int, int], num_tokens: int) -> None:
+@pytest.mark.parametrize("shape", [LARGE[0], *SMALL], ids=str)
+def test_every_size(shape: tuple[int, int, int, int], num_tokens: int) -> None:
     _check(shape, num_tokens)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 9, 65, 129, 4096])
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("shape", LARGE[1:], ids=str)
 def test_model_shapes(shape: tuple[int, int, int, int], num_tokens: int) -> None:
     _check(shape, num_tokens)
 
@@ -241,24 +238,28 @@ def test_gradients_beside_the_kernel() -> None:
         assert relative_rms(actual, expected) < 1e-5
 
 
-def test_replayed_by_cuda_graphs() -> None:
-    experts = _layer(SMALL[0], True)
-    x, ids, weights = _tokens(SMALL[0], 16)
+def test_decode_step_is_replayed_by_cuda_graphs() -> None:
+    """Several layers in one jitted step with a donated state: no handler runs after recording."""
+    rng = np.random.default_rng(0)
+    layers = [
+        (w4.pack_experts(data.expert_weights(rng, 4, 256, 128)), jnp.asarray(router, jnp.float32))
+        for router in rng.standard_normal((4, 256, 4))
+    ]
+    x = data.tokens(rng, 16, 256)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(
-        x: jax.Array, experts: w4.PackedExperts, ids: jax.Array, weights: jax.Array
-    ) -> jax.Array:
-        for _ in range(4):
+    def step(x: jax.Array, layers: list[tuple[w4.PackedExperts, jax.Array]]) -> jax.Array:
+        for experts, router in layers:
+            ids, weights = w4.topk_routing(x.astype(jnp.float32) @ router, 2)
             x = jnp.tanh(x + kernel(x, experts, ids, weights))
         return x
 
     for _ in range(4):
-        x = jax.block_until_ready(step(x, experts, ids, weights))
+        x = jax.block_until_ready(step(x, layers))
     recorded = _ffi.call_count("fused_moe")
     assert recorded > 0
     for _ in range(5):
-        x = jax.block_until_ready(step(x, experts, ids, weights))
+        x = jax.block_until_ready(step(x, layers))
     assert _ffi.call_count("fused_moe") == recorded
 
 
