@@ -95,6 +95,13 @@ def test_hostile_routings(shape: tuple[int, int, int, int], kind: str) -> None:
         assert not as_float64(y)[dead].any()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 32, 33])
+def test_most_experts_and_slots(num_tokens: int) -> None:
+    """E = 1,024 and k = 32, routed by one block (up to 1,024 pairs) and by several."""
+    _check((64, 32, 1024, 32), num_tokens)
+    _check((64, 32, 1024, 32), num_tokens, "duplicates")
+
+
 @pytest.mark.parametrize("rows", [65_535, 65_536, 65_537])
 def test_around_one_chunk(rows: int) -> None:
     """k = 1 and 3, so that chunks end inside and at the end of the batch."""

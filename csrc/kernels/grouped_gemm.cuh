@@ -50,9 +50,11 @@ struct GroupedGemmTile {
   static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * kTokens * 4;
   static constexpr int kBarriersAt = kTableAt + Mxfp4::kTableBytes;
-  static constexpr int kStageItemsAt = kBarriersAt + 16 * kStages;
-  static constexpr int kItemsAt = kStageItemsAt + (4 * kStages + 15) / 16 * 16;
-  static constexpr int kPlanAt = kItemsAt + 4 * kWarpgroups * static_cast<int>(sizeof(WorkItem));
+  // Items between what the producer loads and what the slowest warpgroup stores: one per stage, the
+  // one being stored and the one being announced.
+  static constexpr int kItems = kStages + 2;
+  static constexpr int kItemsAt = kBarriersAt + 16 * kStages;
+  static constexpr int kPlanAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
   static constexpr int kSharedBytes = kPlanAt + static_cast<int>(sizeof(SharedPlan));
   static_assert(kItemsAt % 16 == 0, "items are aligned");
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
@@ -72,6 +74,16 @@ struct GroupedGemmTile {
   }
 };
 
+inline constexpr int kNoMoreItems = -1;  // as an item's width
+
+__device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& item) {
+  to.expert = item.expert;
+  to.first_slab = item.first_slab;
+  to.first_row = item.first_row;
+  to.live = item.live;
+  to.width = item.width;
+}
+
 template <typename Tile, typename Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
@@ -80,7 +92,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
-  int* stage_item = reinterpret_cast<int*>(shared + Tile::kStageItemsAt);  // what a stage is of
+  // The producer announces an item with its first stage.
+  volatile WorkItem* items = reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt);
   SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared + Tile::kPlanAt);
   const int row_tiles = (p.row_blocks + kWarpgroups - 1) / kWarpgroups;
   const int64_t slab_bytes = int64_t{p.k_blocks} * kRecordBytes;
@@ -131,8 +144,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     int stage = 0;
     uint32_t parity = 1;
     int* taken = p.plan.tickets + p.ticket;
-    int i = blockIdx.x;
-    while (i < num_items) {
+    int slot = 0;
+    for (int i = blockIdx.x; i < num_items;) {
       // The next item's number is asked for early: the answer takes as long as a K128 or two.
       int following = 0;
       if (thread == 0) following = gridDim.x + atomicAdd(taken, 1);
@@ -146,7 +159,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int k = p.k_blocks; k > 0; --k) {
         ptx::BarrierWait(empty + 8 * stage, parity);
         if (thread == 0) {
-          stage_item[stage] = i;
+          if (k == p.k_blocks) Announce(items[slot], item);
           ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + slabs * kRecordBytes);
         }
         __syncwarp();
@@ -160,11 +173,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           parity ^= 1;
         }
       }
+      slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
       i = __shfl_sync(~0u, following, 0);
     }
     ptx::BarrierWait(empty + 8 * stage, parity);
     if (thread == 0) {
-      stage_item[stage] = num_items;  // no more
+      Announce(items[slot], {0, 0, 0, 0, kNoMoreItems});
       ptx::BarrierArrive(full + 8 * stage);
     }
     return;
@@ -175,9 +189,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t table = tokens + Tile::kTableAt;
   const uint64_t first_tile = TokenDescriptor(tokens);
   const uint32_t scales = tokens + Tile::kScalesAt + warpgroup * Tile::kTokens * 4;
-  // The item lies in shared memory while registers are scarce.
-  volatile WorkItem& kept =
-      reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt)[warpgroup * 4 + thread / 32];
   int stage = 0;
   uint32_t parity = 0;
   auto advance = [&] {
@@ -189,26 +200,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto release = [&](int used) {
     if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
   };
-  while (true) {
+  for (int slot = 0;; slot = slot + 1 == Tile::kItems ? 0 : slot + 1) {
     ptx::BarrierWait(full + 8 * stage, parity);
-    const int number = ptx::Uniform(*static_cast<volatile int*>(stage_item + stage));
-    if (number >= num_items) break;
-    {
-      const WorkItem item = item_at(number);
-      __syncwarp();  // the last item has been read
-      if (thread % 32 == 0) {
-        kept.expert = item.expert;
-        kept.first_slab = item.first_slab;
-        kept.first_row = item.first_row;
-        kept.live = item.live;
-        kept.width = item.first_slab + warpgroup < p.row_blocks ? item.width : 0;
-      }
-      __syncwarp();
-      for (int t = thread; t < item.live; t += 128) {
-        ptx::CopyAsync4(scales + t * 4, p.row_scale + item.first_row + t);
-      }
+    volatile WorkItem& item = items[slot];  // registers are scarce
+    const float* row_scale = p.row_scale + item.first_row;
+    for (int t = thread, live = item.live; t < live; t += 128) {
+      ptx::CopyAsync4(scales + t * 4, row_scale + t);
     }
-    const int width = ptx::Uniform(kept.width);
+    // One value for all decisions, known to be uniform from after the last divergent branch on:
+    // else the ring's stage is not, and every descriptor of WGMMA goes through vector registers.
+    const bool idle = item.first_slab + warpgroup >= p.row_blocks;
+    const int width = ptx::Uniform(idle ? min(item.width, 0) : item.width);
+    if (width == kNoMoreItems) break;
     if (width == 0) {  // the last slabs do not fill all warpgroups
       for (int k = 0; k < p.k_blocks; ++k) {
         ptx::BarrierWait(full + 8 * stage, parity);
@@ -285,8 +288,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (; k >= 2; k -= 2) steps(std::integral_constant<int, 2>{}, k > 2);
       if (k == 1) steps(std::integral_constant<int, 1>{}, false);
       EpilogueTile tile{warpgroup,   ptx::FreshThreadIndex() % 128,
-                        kept.expert, kept.first_slab + warpgroup,
-                        kept.live,   kept.first_row,
+                        item.expert, item.first_slab + warpgroup,
+                        item.live,   item.first_row,
                         scales,      tokens + Tile::kStagingAt + warpgroup * Tile::kStagingBytes};
       ptx::CopyAsyncWait();
 #pragma unroll
