@@ -1,5 +1,5 @@
 // Grouped GEMM on packed 4-bit records: for the rows of every expert, weights times tokens, handed
-// to an epilogue in tiles of 64 rows of weights by up to 128 tokens.
+// to an epilogue in tiles of 64 rows of weights by up to 64 tokens.
 //
 // One persistent CTA per SM: a producer warp streams records and token tiles through a ring of
 // shared-memory stages by bulk copies; kWarpgroups math warpgroups own 64 rows of weights each,
@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         release(stage);
         advance();
       }
+      ptx::CopyAsyncWait();  // before the next item's scales go to the same place
       continue;
     }
     Tile::WithWidth(width, [&](auto width) {
