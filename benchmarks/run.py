@@ -109,9 +109,8 @@ def fused_moe(layers: Iterable[spec.Layer] = spec.LAYERS) -> list[dict[str, Any]
                 w4.fused_moe, topk_ids=ids, topk_weights=weights, implementation="cuda_sm90"
             )
             time_us = median_us(lambda experts, run=run, x=x: run(x, experts), sets)
-            touched = len(np.unique(np.asarray(ids)))
-            nbytes = sets[0].nbytes * touched / layer.num_experts
-            flops = roofline.layer_flops(ids.size, layer.hidden_size, layer.intermediate_size)
+            touched = roofline.touched_experts(ids, layer.num_experts)
+            nbytes, flops = roofline.layer_work(sets[0], ids.size, touched)
             floor_us = roofline.floor_us(nbytes, flops)
             rows.append(
                 {

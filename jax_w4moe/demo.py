@@ -270,9 +270,8 @@ def _kernel(modules: tuple[FusedMoE, ...], tokens: int) -> tuple[float, float]:
     x = jax.random.normal(key, (tokens, first.hidden_size), jnp.bfloat16)
     ids, weights = topk_routing(jax.random.normal(key, (tokens, first.num_experts)), top_k)
     time_us = median_us(lambda packed: fused_moe(x, packed, ids, weights), experts)
-    touched = len(np.unique(np.asarray(ids))) / first.num_experts
-    flops = roofline.layer_flops(ids.size, first.hidden_size, first.intermediate_size)
-    return time_us, roofline.floor_us(first.nbytes * touched, flops)
+    touched = roofline.touched_experts(ids, first.num_experts)
+    return time_us, roofline.floor_us(*roofline.layer_work(first, ids.size, touched))
 
 
 def _relative_error(

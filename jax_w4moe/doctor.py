@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -69,11 +68,8 @@ def measurements() -> list[tuple[str, str]]:
         ids, weights = topk_routing(logits, top_k)
         call = functools.partial(_call, x, ids, weights)
         time_us = median_us(call, sets, repeats=9)
-        touched = len(np.unique(np.asarray(ids)))
-        floor_us = roofline.floor_us(
-            sets[0].nbytes * touched / num_experts,
-            roofline.layer_flops(ids.size, hidden, intermediate),
-        )
+        touched = roofline.touched_experts(ids, num_experts)
+        floor_us = roofline.floor_us(*roofline.layer_work(sets[0], ids.size, touched))
         result.append(
             (
                 f"fused_moe, T={num_tokens}",

@@ -77,8 +77,7 @@ def explain(
         )
     pairs, num_experts = num_tokens * top_k, experts.num_experts
     touched, counted = _touched(topk_ids, num_experts)
-    nbytes = experts.nbytes * touched / num_experts
-    flops = roofline.layer_flops(pairs, experts.hidden_size, experts.intermediate_size)
+    nbytes, flops = roofline.layer_work(experts, pairs, touched)
     workspace = op.workspace_bytes(num_tokens, top_k, experts) / _MIB
     inexact = int(np.sum(np.asarray(experts.inexact_groups)))
     rows = [
@@ -115,8 +114,7 @@ def _touched(topk_ids: Any, num_experts: int) -> tuple[float, bool]:
     if isinstance(topk_ids, jax.ShapeDtypeStruct | jax.core.Tracer):
         num_tokens, top_k = topk_ids.shape
         return roofline.expected_experts(num_tokens, top_k, num_experts), False
-    ids = np.asarray(topk_ids)
-    return len(np.unique(ids[(ids >= 0) & (ids < num_experts)])), True
+    return roofline.touched_experts(topk_ids, num_experts), True
 
 
 def _implementation(requested: str | None, act_dtype: Any) -> str:

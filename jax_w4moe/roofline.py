@@ -1,5 +1,11 @@
 """The least time that an MoE layer can take on one H200."""
 
+from typing import Any
+
+import numpy as np
+
+from jax_w4moe.types import PackedExperts
+
 READ_BYTES_PER_S = 4.57e12
 """Plain reads of weights from HBM, of any size from 25 MB to 2 GB."""
 
@@ -20,6 +26,13 @@ def floor_us(nbytes: float, flops: float) -> float:
     return LAUNCH_US + max(nbytes / READ_BYTES_PER_S, flops / FP8_FLOPS) * 1e6
 
 
-def layer_flops(num_pairs: int, hidden_size: int, intermediate_size: int) -> int:
-    """FLOPs of both projections for ``num_pairs`` (token, slot) pairs."""
-    return 6 * num_pairs * hidden_size * intermediate_size
+def touched_experts(topk_ids: Any, num_experts: int) -> int:
+    """How many experts these ids touch."""
+    ids = np.asarray(topk_ids)
+    return len(np.unique(ids[(ids >= 0) & (ids < num_experts)]))
+
+
+def layer_work(experts: PackedExperts, num_pairs: int, touched: float) -> tuple[float, int]:
+    """Bytes of the touched experts, and FLOPs of so many (token, slot) pairs."""
+    nbytes = experts.nbytes * touched / experts.num_experts
+    return nbytes, 6 * num_pairs * experts.hidden_size * experts.intermediate_size

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "common/convert.cuh"
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
@@ -36,12 +37,6 @@ struct EpilogueTile {
   // All threads of the warpgroup.
   __device__ __forceinline__ void Sync() const { ptx::NamedBarrier(1 + warpgroup, 128); }
 };
-
-template <typename T>
-__device__ __forceinline__ uint32_t PackBf16(T first, T second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // Transposes a tile of bf16 through shared memory and stores each token's columns by 16 bytes:
 // kOctets blocks of 8 columns per warp, 4 kOctets per token.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "ffi/error.h"
+#include "launch/grouped_gemm_tiles.h"
 
 namespace jax_w4moe {
 namespace {
@@ -78,6 +79,14 @@ ffi::Error CheckRows(const char* op, const char* name, ffi::AnyBuffer rows,
 
 const float* Optional(ffi::AnyBuffer buffer) {
   return buffer.element_count() ? static_cast<const float*>(buffer.untyped_data()) : nullptr;
+}
+
+ffi::Error CheckTile(const char* op, int64_t tile_tokens) {
+  if (!HasTile(tile_tokens)) {
+    return InvalidArgument(op, ": no tile of ", tile_tokens,
+                           " tokens is compiled; call the op through jax_w4moe, which knows them");
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error CheckWorkspace(const char* op, ffi::AnyBuffer workspace, int64_t needed) {

@@ -28,6 +28,9 @@ xla::ffi::Error CheckRows(const char* op, const char* name, xla::ffi::AnyBuffer 
 // The data of an operand that may be left out, by giving one of no elements.
 const float* Optional(xla::ffi::AnyBuffer buffer);
 
+// A tile of so many tokens must be compiled.
+xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens);
+
 // The workspace must have `needed` bytes.
 xla::ffi::Error CheckWorkspace(const char* op, xla::ffi::AnyBuffer workspace, int64_t needed);
 

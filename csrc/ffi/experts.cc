@@ -4,7 +4,6 @@
 #include "common/limits.h"
 #include "ffi/checks.h"
 #include "ffi/error.h"
-#include "launch/grouped_gemm_tiles.h"
 
 namespace jax_w4moe {
 
@@ -37,10 +36,7 @@ ffi::Error ReadExperts(const char* op, ffi::AnyBuffer w13, ffi::AnyBuffer w13_bi
     return InvalidArgument(op, ": w13 has ", e.w13_row_blocks, " row blocks, expected ",
                            4 * e.w2_k_blocks, " for w2's K-blocks; pack both with pack_experts");
   }
-  if (!HasTile(tile_tokens)) {
-    return InvalidArgument(op, ": no tile of ", tile_tokens,
-                           " tokens is compiled; call the op through jax_w4moe, which knows them");
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(op, tile_tokens));
   JAX_W4MOE_RETURN_IF_ERROR(
       CheckShape(op, "w13", w13, {e.num_experts, e.w13_row_blocks, e.w13_k_blocks, kRecordBytes}));
   JAX_W4MOE_RETURN_IF_ERROR(

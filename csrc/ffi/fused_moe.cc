@@ -3,6 +3,7 @@
 // -> y bf16[T, H], workspace u8[bytes].
 #include "launch/fused_moe.h"
 
+#include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
 #include "ffi/error.h"
@@ -39,8 +40,9 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
   p.num_tokens = x.dimensions()[0];
   p.top_k = topk_ids.dimensions()[1];
   const int64_t hidden = x.dimensions()[1];
-  if (p.top_k < 1 || p.top_k > 32) {
-    return InvalidArgument(kName, ": k=", p.top_k, " is out of range (1 to 32); use fewer");
+  if (p.top_k < 1 || p.top_k > kMaxTopK) {
+    return InvalidArgument(kName, ": k=", p.top_k, " is out of range (1 to ", kMaxTopK,
+                           "); use fewer");
   }
   JAX_W4MOE_RETURN_IF_ERROR(
       ReadExperts(kName, w13, w13_bias, w2, w2_bias, hidden, tile_tokens, &p.experts));

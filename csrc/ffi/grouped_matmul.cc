@@ -8,7 +8,6 @@
 #include "ffi/checks.h"
 #include "ffi/error.h"
 #include "ffi/ops.h"
-#include "launch/grouped_gemm_tiles.h"
 
 namespace jax_w4moe {
 namespace {
@@ -63,10 +62,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
     return InvalidArgument(kName, ": N=", p.num_columns, " does not fit ", p.row_blocks,
                            " row blocks of 64; pack the weights of this N");
   }
-  if (!HasTile(tile_tokens)) {
-    return InvalidArgument(kName, ": no tile of ", tile_tokens,
-                           " tokens is compiled; call the op through jax_w4moe, which knows them");
-  }
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens));
   const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks);
   JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.lhs = lhs.untyped_data();

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/convert.cuh"
 #include "ptx/sm90.cuh"
 #include "schedule/rows.cuh"
 
@@ -46,19 +47,14 @@ __global__ void __launch_bounds__(kCombineThreads)
       const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        sum[2 * w] = fmaf(weights[i], __uint_as_float(words[w] << 16), sum[2 * w]);
-        sum[2 * w + 1] = fmaf(weights[i], __uint_as_float(words[w] & 0xffff0000u), sum[2 * w + 1]);
+        sum[2 * w] = fmaf(weights[i], LowBf16ToFloat(words[w]), sum[2 * w]);
+        sum[2 * w + 1] = fmaf(weights[i], HighBf16ToFloat(words[w]), sum[2 * w + 1]);
       }
     }
   }
-  uint32_t words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * w], sum[2 * w + 1]);
-    words[w] = reinterpret_cast<const uint32_t&>(pair);
-  }
   *reinterpret_cast<uint4*>(y + token * hidden_size + column) =
-      make_uint4(words[0], words[1], words[2], words[3]);
+      make_uint4(PackBf16(sum[0], sum[1]), PackBf16(sum[2], sum[3]), PackBf16(sum[4], sum[5]),
+                 PackBf16(sum[6], sum[7]));
 }
 
 }  // namespace jax_w4moe

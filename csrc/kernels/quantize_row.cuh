@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "common/fp8.cuh"
+#include "common/convert.cuh"
 
 namespace jax_w4moe {
 
@@ -27,11 +27,17 @@ __device__ __forceinline__ uint32_t AbsMaxBits(uint4 v) {
   return max(pair << 16, pair & 0xffff0000u);
 }
 
+// Four bf16 to four e4m3.
+__device__ __forceinline__ uint32_t Quantize(uint2 v, float inv_scale) {
+  return PackE4m3x4(
+      __fmul_rn(LowBf16ToFloat(v.x), inv_scale), __fmul_rn(HighBf16ToFloat(v.x), inv_scale),
+      __fmul_rn(LowBf16ToFloat(v.y), inv_scale), __fmul_rn(HighBf16ToFloat(v.y), inv_scale));
+}
+
+// Eight.
 __device__ __forceinline__ uint2 Quantize(uint4 v, float inv_scale) {
-  auto low = [inv_scale](uint32_t w) { return __fmul_rn(LowBf16ToFloat(w), inv_scale); };
-  auto high = [inv_scale](uint32_t w) { return __fmul_rn(HighBf16ToFloat(w), inv_scale); };
-  return make_uint2(PackE4m3x4(low(v.x), high(v.x), low(v.y), high(v.y)),
-                    PackE4m3x4(low(v.z), high(v.z), low(v.w), high(v.w)));
+  return make_uint2(Quantize(make_uint2(v.x, v.y), inv_scale),
+                    Quantize(make_uint2(v.z, v.w), inv_scale));
 }
 
 // Maximum over a team: a warp, or a whole block of kTeam threads.

@@ -23,8 +23,7 @@ __device__ __forceinline__ int ChunkK(int chunk, int t) {
   return chunk / 8 * 128 + 32 * t + 4 * (chunk % 8);
 }
 
-// --- sources: rows of `width` values, a multiple of 32
-// --------------------------------------------
+// --- sources: rows of `width` values, a multiple of 32 ---
 
 // bf16, quantised by the rule of quantize_fp8.
 struct Bf16Rows {
@@ -47,10 +46,7 @@ struct Bf16Rows {
       const int k = ChunkK(chunk, t);
       if (k >= width) continue;
       const uint2 four = __ldg(reinterpret_cast<const uint2*>(x + row * width + k));
-      words[t] = PackE4m3x4(__fmul_rn(LowBf16ToFloat(four.x), inv_scale),
-                            __fmul_rn(HighBf16ToFloat(four.x), inv_scale),
-                            __fmul_rn(LowBf16ToFloat(four.y), inv_scale),
-                            __fmul_rn(HighBf16ToFloat(four.y), inv_scale));
+      words[t] = Quantize(four, inv_scale);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
@@ -77,10 +73,8 @@ struct Fp8Rows {
   }
 };
 
-// --- placements
-// -----------------------------------------------------------------------------------
+// --- placements ---
 
-inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxCountedPairs = 1024;  // more are placed by route.cuh's kernels
 
 // Few tokens to the rows of their experts, by counting: the row of a pair is the number of pairs

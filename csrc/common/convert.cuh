@@ -1,9 +1,10 @@
-// Device helpers for bf16 -> e4m3 conversion; plain functions on registers, no memory access.
+// Conversions between bf16, f32 and e4m3; plain functions on registers, no memory access.
 //
 // The rounding is the hardware's cvt.rn.satfinite.e4m3x2.f32 (PTX ISA, "cvt"): round to nearest
 // even, finite values beyond +-448 saturate to +-448, NaN becomes NaN.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cutlass/numeric_conversion.h>
 
 #include <cstdint>
@@ -18,6 +19,12 @@ __device__ __forceinline__ float LowBf16ToFloat(uint32_t word) {
 }
 __device__ __forceinline__ float HighBf16ToFloat(uint32_t word) {
   return __uint_as_float(word & 0xffff0000u);
+}
+
+// Two f32 to the bf16 halves of a word, rounded to nearest even.
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // Four f32 to four e4m3 in one word, v0 in the lowest byte.
