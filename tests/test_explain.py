@@ -40,7 +40,7 @@ def test_explain_needs_shapes_only(experts: w4.PackedExperts) -> None:
     ids = jax.ShapeDtypeStruct((1000, K), jnp.int32)
     lines = _lines(w4.explain(x, experts, ids))
     assert lines["weights read"].endswith("8 experts, expected under uniform routing")
-    assert lines["tile"].startswith("224 tokens at most; 250 rows per expert")
+    assert lines["tile"].startswith("240 tokens at most; 250 rows per expert")
 
 
 def test_explain_says_which_implementation(

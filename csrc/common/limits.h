@@ -8,6 +8,8 @@ inline constexpr int kRecordRows = 64;
 inline constexpr int kRecordK = 128;
 inline constexpr int kRecordBytes = 4096 + 256;
 
+inline constexpr int kMinTileTokens = 64;  // of the grouped GEMM's tiles, at most
+
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxGroupedRows = 1 << 24;  // of expert_mlp and grouped_matmul

@@ -1,6 +1,8 @@
 // out[row, column] = acc * row_scale[row] + bias[expert, column], columns in canonical order.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue/tile.cuh"
 
 namespace jax_w4moe {
@@ -12,13 +14,51 @@ struct ScaledStore {
   int num_columns;    // logical rows of the weights, a multiple of 32
   bool gate_up;       // rows of records interleave gate and up (docs/layout.md, "Rows")
 
+  using Staging = std::conditional_t<sizeof(Out) == 2, Staged<2>, void>;
+
+  // bf16: to shared memory.
+  template <int kTokens>
+  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+    Scale<kTokens>(acc, tile);
+    Staging{tile.staging}.template WriteTransposed<kTokens>(tile.thread, [&](int group, int octet) {
+      return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
+    });
+  }
+  // Where 16 bytes of a row go; null for padding.
+  __device__ __forceinline__ uint8_t* Row(int64_t row, int slab, int chunk) const {
+    const int column = Octet(slab, chunk);
+    if (column >= num_columns) return nullptr;
+    return reinterpret_cast<uint8_t*>(out + row * num_columns + column);
+  }
+  __device__ __forceinline__ int64_t RowBytes() const { return int64_t{num_columns} * 2; }
+
+  // f32: from registers; eight lanes write 32 bytes of a token.
   template <int kTokens>
   __device__ __forceinline__ void Store(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+    Scale<kTokens>(acc, tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = Column(tile, half);
+      if (column >= num_columns) continue;
+      Out* to = out + (tile.first_row + tile.Token(0)) * num_columns + column;
+      const int live = tile.live - tile.Token(0);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; i += 4) {
+        if (i * 2 < live) to[0] = acc[i + 2 * half];
+        if (i * 2 + 1 < live) to[num_columns] = acc[i + 2 * half + 1];
+        to += 8 * num_columns;
+      }
+    }
+  }
+
+ private:
+  template <int kTokens>
+  __device__ __forceinline__ void Scale(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
     const float* expert_bias = bias + int64_t{tile.expert} * num_columns;
     float shift[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;
+      const int column = Column(tile, half);
       if (bias && column < num_columns) shift[half] = expert_bias[column];
     }
 #pragma unroll
@@ -29,37 +69,12 @@ struct ScaledStore {
       acc[i + 2] = acc[i + 2] * scale.x + shift[1];
       acc[i + 3] = acc[i + 3] * scale.y + shift[1];
     }
-    if constexpr (sizeof(Out) == 2) {
-      StoreTransposed<kTokens, 2>(
-          tile,
-          [&](int group, int octet) {
-            return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
-          },
-          [&](int token, int octet, uint4 value) {
-            const int column = Octet(tile.slab, octet);
-            if (column < num_columns) {
-              *reinterpret_cast<uint4*>(out + (tile.first_row + token) * num_columns + column) =
-                  value;
-            }
-          });
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // eight lanes write 32 bytes of a token
-        const int column = Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;
-        if (column >= num_columns) continue;
-        Out* to = out + (tile.first_row + tile.Token(0)) * num_columns + column;
-        const int live = tile.live - tile.Token(0);
-#pragma unroll
-        for (int i = 0; i < kTokens / 2; i += 4) {
-          if (i * 2 < live) to[0] = acc[i + 2 * half];
-          if (i * 2 + 1 < live) to[num_columns] = acc[i + 2 * half + 1];
-          to += 8 * num_columns;
-        }
-      }
-    }
   }
 
- private:
+  // The canonical column of a thread's row g (half 0) or g + 8 (half 1).
+  __device__ __forceinline__ int Column(const EpilogueTile& tile, int half) const {
+    return Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;
+  }
   // The canonical column of the first of 8 rows of a slab; num_columns or more for padding.
   __device__ __forceinline__ int Octet(int slab, int octet) const {
     if (!gate_up) return slab * 64 + octet * 8;

@@ -3,6 +3,8 @@
 // One thread holds gate j (row 16 w + g of the slab) and up j (row 16 w + g + 8).
 #pragma once
 
+#include <cmath>
+
 #include "epilogue/tile.cuh"
 
 namespace jax_w4moe {
@@ -13,33 +15,42 @@ struct SwiGlu {
   int slabs;
   float alpha, beta, limit;  // limit is infinite for no clamp
 
+  using Staging = Staged<1>;
+
   template <int kTokens>
-  __device__ __forceinline__ void Store(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
     float gate_bias = 0.0f, up_bias = 0.0f;
     if (bias) {
       const float* rows = bias + (int64_t{tile.expert} * slabs + tile.slab) * 64;
       gate_bias = rows[tile.Row(0)];
       up_bias = rows[tile.Row(2)];
     }
+    const bool clamps = limit < INFINITY;
+    const float log2_factor = -alpha * 1.44269504f;
 #pragma unroll
     for (int i = 0; i < kTokens / 2; i += 4) {
       const float2 scales = tile.Scales(i);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float scale = j ? scales.y : scales.x;
-        const float gate = ptx::MinNan(acc[i + j] * scale + gate_bias, limit);
-        const float up = ptx::MinNan(ptx::MaxNan(acc[i + j + 2] * scale + up_bias, -limit), limit);
-        const float silu = __fdividef(gate, 1.0f + __expf(-alpha * gate));
-        acc[i + j] = silu * (up + beta);
+        float gate = acc[i + j] * scale + gate_bias, up = acc[i + j + 2] * scale + up_bias;
+        if (clamps) {
+          gate = ptx::MinNan(gate, limit);
+          up = ptx::MinNan(ptx::MaxNan(up, -limit), limit);
+        }
+        const float sigmoid = ptx::Reciprocal(1.0f + ptx::Exp2(log2_factor * gate));
+        acc[i + j] = gate * sigmoid * (up + beta);
       }
     }
-    StoreTransposed<kTokens, 1>(
-        tile, [&](int group, int) { return PackBf16(acc[group * 4], acc[group * 4 + 1]); },
-        [&](int token, int octet, uint4 value) {
-          const int64_t at = (tile.first_row + token) * slabs + tile.slab;
-          *reinterpret_cast<uint4*>(h + at * 32 + octet * 8) = value;
-        });
+    Staging{tile.staging}.template WriteTransposed<kTokens>(
+        tile.thread, [&](int group, int) { return PackBf16(acc[group * 4], acc[group * 4 + 1]); });
   }
+
+  // Where 16 bytes of a row go.
+  __device__ __forceinline__ uint8_t* Row(int64_t row, int slab, int chunk) const {
+    return reinterpret_cast<uint8_t*>(h + (row * slabs + slab) * 32 + chunk * 8);
+  }
+  __device__ __forceinline__ int64_t RowBytes() const { return int64_t{slabs} * 64; }
 };
 
 }  // namespace jax_w4moe

@@ -1,5 +1,6 @@
 // What an epilogue gets of a finished tile: 64 rows of weights x kTokens tokens of one warpgroup;
-// and the way of bf16 results to global memory in whole lines.
+// and the way of bf16 results to global memory in whole lines, through shared memory: a warpgroup
+// stages its tile and goes on, another warp stores it.
 //
 // Accumulator i of a thread (warp w, lane group g, lane of the quad t) belongs to token
 // 8 (i / 4) + 2 t + i % 2 and to row 16 w + g + 8 (i / 2 % 2) of the slab (PTX ISA, "Register
@@ -18,12 +19,12 @@ namespace jax_w4moe {
 inline constexpr int kStagingRow = 128;  // bytes of shared memory for a token: 64 bf16
 
 struct EpilogueTile {
-  int warpgroup, thread;  // thread of the warpgroup
-  int expert, slab;       // which 64 rows of weights
-  int live;               // tokens that exist
-  int64_t first_row;      // the first token's row
-  uint32_t scales;        // f32 of each token, in shared memory
-  uint32_t staging;       // kTokens * kStagingRow bytes of shared memory, of this warpgroup alone
+  int thread;         // of the warpgroup
+  int expert, slab;   // which 64 rows of weights
+  int live;           // tokens that exist
+  int64_t first_row;  // the first token's row
+  uint32_t scales;    // f32 of each token, in shared memory
+  uint32_t staging;   // kTokens * kStagingRow bytes of shared memory
 
   __device__ __forceinline__ int Token(int i) const { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
   __device__ __forceinline__ int Row(int i) const {
@@ -34,41 +35,56 @@ struct EpilogueTile {
     const uint2 pair = ptx::LoadShared64(scales + Token(i) * 4);
     return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
   }
-  // All threads of the warpgroup.
-  __device__ __forceinline__ void Sync() const { ptx::NamedBarrier(1 + warpgroup, 128); }
 };
 
-// Transposes a tile of bf16 through shared memory and stores each token's columns by 16 bytes:
-// kOctets blocks of 8 columns per warp, 4 kOctets per token.
-//
-//   fragment(group, octet)  two tokens' values of one column as a word, for tokens 8 group + 2 t
-//                           and + 1 and column 8 octet + g of the warp
-//   store(token, octet, v)  the 16 bytes of a live token's 8 columns, octet in [0, 4 kOctets)
-template <int kTokens, int kOctets, typename Fragment, typename Store>
-__device__ __forceinline__ void StoreTransposed(const EpilogueTile& tile, const Fragment& fragment,
-                                                const Store& store) {
-  constexpr int kRow = 4 * kOctets;  // 16-byte chunks of a token
-  const int warp = tile.thread / 32, lane = tile.thread % 32;
+// What is staged: tokens as rows of 4 kOctets chunks of 16 bytes, kOctets blocks of 8 columns from
+// each warp.
+template <int kOctets>
+struct Staged {
+  static constexpr int kChunks = 4 * kOctets;  // of a token
+  uint32_t address;
+
   // Chunks are permuted so that 8 rows of a column of chunks lie in different banks.
-  auto chunk_at = [&](int token, int octet) {
-    return tile.staging + (token * kRow + (octet ^ token * kRow / 8 % kRow)) * 16;
-  };
+  __device__ __forceinline__ uint32_t At(int token, int chunk) const {
+    return address + (token * kChunks + (chunk ^ token * kChunks / 8 % kChunks)) * 16;
+  }
+
+  // fragment(group, octet): two tokens' values of one column as a word, for tokens 8 group + 2 t
+  // and + 1 and column 8 octet + g of the warp.
+  template <int kTokens, typename Fragment>
+  __device__ __forceinline__ void WriteTransposed(int thread, const Fragment& fragment) const {
+    const int warp = thread / 32, lane = thread % 32;
 #pragma unroll
-  for (int group = 0; group < kTokens / 8; ++group) {
-    const int token = group * 8 + lane % 8;
-    if constexpr (kOctets == 2) {
-      ptx::StoreMatricesTransposed(chunk_at(token, warp * 2 + lane / 8 % 2), fragment(group, 0),
-                                   fragment(group, 1));
-    } else {
-      ptx::StoreMatrixTransposed(chunk_at(token, warp), fragment(group, 0));
+    for (int group = 0; group < kTokens / 8; ++group) {
+      const int token = group * 8 + lane % 8;
+      if constexpr (kOctets == 2) {
+        ptx::StoreMatricesTransposed(At(token, warp * 2 + lane / 8 % 2), fragment(group, 0),
+                                     fragment(group, 1));
+      } else {
+        ptx::StoreMatrixTransposed(At(token, warp), fragment(group, 0));
+      }
     }
   }
-  tile.Sync();
+
+  // A warp stores the first `live` tokens; `to` is where the first one's chunk lane % kChunks goes.
+  __device__ __forceinline__ void Store(int lane, int live, uint8_t* to, int64_t row_bytes) const {
+    constexpr int kAhead = 4, kTokensAtOnce = 32 / kChunks;
+    const int chunk = lane % kChunks;
+    to += lane / kChunks * row_bytes;
+    for (int token = lane / kChunks; token < live; token += kAhead * kTokensAtOnce) {
+      uint4 values[kAhead];
 #pragma unroll
-  for (int first = 0; first < kTokens * kRow; first += 128) {
-    const int token = (first + tile.thread) / kRow, octet = tile.thread % kRow;
-    if (token < tile.live) store(token, octet, ptx::LoadShared128(chunk_at(token, octet)));
+      for (int i = 0; i < kAhead; ++i) {
+        const int ahead = token + i * kTokensAtOnce;
+        if (ahead < live) values[i] = ptx::LoadShared128(At(ahead, chunk));
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (token + i * kTokensAtOnce < live) *reinterpret_cast<uint4*>(to) = values[i];
+        to += kTokensAtOnce * row_bytes;
+      }
+    }
   }
-}
+};
 
 }  // namespace jax_w4moe

@@ -63,7 +63,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
                            " row blocks of 64; pack the weights of this N");
   }
   JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens));
-  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks);
+  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks, p.num_experts);
   JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.lhs = lhs.untyped_data();
   p.x_scale = Optional(x_scale);

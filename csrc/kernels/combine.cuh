@@ -18,13 +18,12 @@ inline constexpr int kCombineAhead = 8;    // slot rows in flight
 // One block per token and kCombineThreads * kCombineColumns columns; hidden_size is a multiple of
 // 32. A slot without an expert adds nothing, whatever its weight.
 __global__ void __launch_bounds__(kCombineThreads)
-    CombineSlots(const __nv_bfloat16* __restrict__ slots, const Place* __restrict__ places,
+    CombineSlots(const __nv_bfloat16* slots, const Place* places,
                  const float* __restrict__ topk_weights, int top_k, int hidden_size,
                  __nv_bfloat16* __restrict__ y) {
   const int64_t token = blockIdx.x;
   const int column = (blockIdx.y * kCombineThreads + threadIdx.x) * kCombineColumns;
   ptx::WaitForPrecedingKernels();
-  ptx::LaunchDependents();
   if (column >= hidden_size) return;
   float sum[kCombineColumns] = {};
   for (int first = 0; first < top_k; first += kCombineAhead) {

@@ -1,11 +1,11 @@
 // Grouped GEMM on packed 4-bit records: for the rows of every expert, weights times tokens, handed
-// to an epilogue in tiles of 64 rows of weights by up to 64 tokens.
+// to an epilogue in tiles of 64 rows of weights.
 //
-// One persistent CTA per SM: a producer warp streams records and token tiles through a ring of
+// One persistent CTA per SM. A producer warp streams records and token tiles through a ring of
 // shared-memory stages by bulk copies; kWarpgroups math warpgroups own 64 rows of weights each,
 // decode them in registers, multiply (weights are A, tokens are N) and add every K128 product in
-// f32. The next record is decoded while this one multiplies, and serves kSubtiles token tiles.
-// docs/numerics.md: R2, R5.
+// f32; a warp for each of them stores what it has staged. The next record is decoded while this one
+// multiplies, and serves kSubtiles token tiles. docs/numerics.md: R2, R5.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -19,18 +19,36 @@
 
 namespace jax_w4moe {
 
+// Packed weights of all experts: [E, row_blocks, k_blocks, kRecordBytes].
+struct Records {
+  const uint8_t* data;
+  int row_blocks;
+  int k_blocks;
+
+  __device__ __forceinline__ int64_t SlabBytes() const { return int64_t{k_blocks} * kRecordBytes; }
+  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab) const {
+    return data + (int64_t{expert} * row_blocks + slab) * SlabBytes();
+  }
+};
+
 struct GroupedGemmParams {
-  const uint8_t* records;  // [E, row_blocks, k_blocks, kRecordBytes]
+  Records weights;
   const uint8_t* image;    // token image, [k_blocks][image_rows][128]
   const float* row_scale;  // [image_rows]
   Plan plan;
-  int num_experts;
-  int row_blocks;
-  int k_blocks;
   int64_t image_rows;
-  int ticket;        // which of the plan's
-  bool plan_is_old;  // the plan was complete before the preceding kernel began
+  int ticket;          // which of the plan's
+  bool plan_is_old;    // the plan was complete before the preceding kernel began
+  FewPairs few_pairs;  // what the plan is made from, complete as well; or none
 };
+
+// What a warpgroup leaves for the warp that stores it.
+struct StoreJob {
+  int64_t first_row;
+  int slab;
+  int live;
+};
+inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
 template <int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
 struct GroupedGemmTile {
@@ -40,31 +58,32 @@ struct GroupedGemmTile {
   static constexpr int kStages = kStages_;
   static constexpr int kTokens = kSubtiles * kMaxWidth;
   static constexpr int kThreads = 128 * kWarpgroups + 128;
+  static_assert(kTokens >= kMinTileTokens, "the plan has room for that many tiles only");
+  static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
   // Shared memory.
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
+  static constexpr int kStagingBytes = kTokens * kStagingRow;
+  static constexpr int kScaleBytes = kTokens * 4;
   static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kStagingBytes = kMaxWidth * kStagingRow;
   static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
-  static constexpr int kTableAt = kScalesAt + kWarpgroups * kTokens * 4;
-  static constexpr int kBarriersAt = kTableAt + Mxfp4::kTableBytes;
-  // Items between what the producer loads and what the slowest warpgroup stores: one per stage, the
-  // one being stored and the one being announced.
+  static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
+  // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
+  // the one being finished and the one being announced.
   static constexpr int kItems = kStages + 2;
-  static constexpr int kItemsAt = kBarriersAt + 16 * kStages;
-  static constexpr int kPlanAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
-  static constexpr int kSharedBytes = kPlanAt + static_cast<int>(sizeof(SharedPlan));
+  static constexpr int kItemsAt = kTableAt + Mxfp4::kTableBytes;
+  static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
+  static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
+  static constexpr int kSharedBytes = kBarriersAt + 16 * (kStages + kWarpgroups);
   static_assert(kItemsAt % 16 == 0, "items are aligned");
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
 
-  // Sub-tiles are compiled for multiples of 8 tokens. RoundWidth gives the smallest that holds so
-  // many; WithWidth calls f with it as a constant.
-  static __device__ __forceinline__ int RoundWidth(int tokens) {
-    return max((tokens + 7) / 8, 1) * 8;
-  }
-  template <int kWidth = 8, typename F>
+  // Sub-tiles are compiled for multiples of 8 tokens; two of them have enough to do from 32 on.
+  static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
+  // Calls f with such a width as a constant.
+  template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {
     if (width == kWidth) {
       f(std::integral_constant<int, kWidth>{});
@@ -79,9 +98,127 @@ inline constexpr int kNoMoreItems = -1;  // as an item's width
 __device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& item) {
   to.expert = item.expert;
   to.first_slab = item.first_slab;
+  to.slabs = item.slabs;
   to.first_row = item.first_row;
   to.live = item.live;
   to.width = item.width;
+}
+
+inline constexpr int kRunSteps = 8;  // K128 of a run of items, about
+
+// The producer warp: one lane per copy of a stage. Before the preceding kernel has written the
+// tokens, the weights of the first stages can be on their way.
+template <typename Tile>
+__device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t shared,
+                                          volatile WorkItem* items) {
+  constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
+  const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
+  const int lane = threadIdx.x % 32;
+  const bool is_few = p.few_pairs.num_pairs > 0, is_early = p.plan_is_old || is_few;
+  if (!is_early) ptx::WaitForPrecedingKernels();
+  const PlanOfFew few(p.few_pairs);
+  const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
+  const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
+  const int num_items = num_tiles * rows.count;
+
+  const bool is_tokens = lane == kWarpgroups;
+  const uint32_t to = shared + (is_tokens ? 0 : Tile::kWeightsAt + lane * kRecordBytes);
+  const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
+  const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
+  const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
+  const int k_blocks = p.weights.k_blocks;
+  int stage = 0, slot = 0, early = is_early ? min(k_blocks, kStages) : 0;
+  uint32_t parity = 1;
+  // Dependents are not launched before the wait: they may take for granted what the preceding
+  // kernels wrote. A ticket is for a run of items, of several where they are short, and asked for a
+  // run ahead: the answer takes as long as several K128.
+  const int run = max(kRunSteps / k_blocks, 1);
+  int ticket = 0;
+  PlannedTile planned{};
+  if (blockIdx.x * run < num_items) {
+    const int tile = blockIdx.x * run / rows.count;
+    planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
+  }
+  for (int i = blockIdx.x * run; i < num_items;) {
+    const WorkItem item = ItemAt<Tile>(planned, rows, i);
+    const bool copies = is_tokens || lane < item.slabs;
+    const uint8_t* from = is_tokens ? p.image + item.first_row * 128
+                                    : p.weights.Slab(item.expert, item.first_slab + lane);
+    const uint32_t tile_bytes = item.live * 128;
+    const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
+    auto expect = [&](int k) {
+      if (lane == 0) {
+        if (k == 0) Announce(items[slot], item);
+        ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + item.slabs * kRecordBytes);
+      }
+      __syncwarp();
+    };
+    auto copy = [&] {
+      ptx::BulkCopy(to + stage * stage_bytes, from, bytes, full + 8 * stage, policy);
+      from += k_step;
+    };
+    auto advance = [&] {
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    };
+    if (early > 0) {
+      for (stage = 0; stage < early; ++stage) {
+        expect(stage);
+        if (copies && !is_tokens) copy();
+      }
+      ptx::WaitForPrecedingKernels();
+      for (stage = 0; stage < early; ++stage) {
+        if (is_tokens) copy();
+      }
+      --stage;
+      advance();
+    }
+    ptx::LaunchDependents();
+    if (i % run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
+    int next = i + 1;
+    auto take_next = [&] {
+      if (next % run == 0) next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
+      if (next < num_items) planned = p.plan.tiles[next / rows.count];
+    };
+    if (run > 1) take_next();
+    for (int k = early; k < k_blocks; ++k) {
+      ptx::BarrierWait(empty + 8 * stage, parity);
+      expect(k);
+      if (copies) copy();
+      advance();
+    }
+    early = 0;
+    slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
+    if (run == 1) take_next();
+    i = next;
+  }
+  ptx::WaitForPrecedingKernels();  // also where there was no item
+  ptx::LaunchDependents();
+  ptx::BarrierWait(empty + 8 * stage, parity);
+  if (lane == 0) {
+    Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
+    ptx::BarrierArrive(full + 8 * stage);
+  }
+}
+
+// A warp that stores what its warpgroup stages.
+template <typename Epilogue>
+__device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile const StoreJob& job,
+                                           uint32_t staging, uint32_t staged, uint32_t drained) {
+  const int lane = threadIdx.x % 32;
+  for (uint32_t parity = 0;; parity ^= 1) {
+    ptx::BarrierWait(staged, parity);
+    const int live = job.live, slab = job.slab;
+    const int64_t first_row = job.first_row;
+    if (live == kNoMoreJobs) return;
+    using Staging = typename Epilogue::Staging;
+    uint8_t* to = epilogue.Row(first_row, slab, lane % Staging::kChunks);
+    if (to) Staging{staging}.Store(lane, live, to, epilogue.RowBytes());
+    __syncwarp();
+    if (lane == 0) ptx::BarrierArrive(drained);
+  }
 }
 
 template <typename Tile, typename Epilogue>
@@ -89,14 +226,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
+  constexpr bool kStaged = !std::is_void_v<typename Epilogue::Staging>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
   // The producer announces an item with its first stage.
   volatile WorkItem* items = reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt);
-  SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared + Tile::kPlanAt);
-  const int row_tiles = (p.row_blocks + kWarpgroups - 1) / kWarpgroups;
-  const int64_t slab_bytes = int64_t{p.k_blocks} * kRecordBytes;
+  volatile StoreJob* jobs = reinterpret_cast<StoreJob*>(shared + Tile::kJobsAt);
+  auto staged_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w); };
+  auto drained_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w + 1); };
+  auto staging_of = [&](int w) { return tokens + Tile::kStagingAt + w * Tile::kStagingBytes; };
 
   if (threadIdx.x < Mxfp4::kTableBytes) {
     shared[Tile::kTableAt + threadIdx.x] = Mxfp4::TableByte(threadIdx.x);
@@ -106,89 +245,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::BarrierInit(full + 8 * s, 1);
       ptx::BarrierInit(empty + 8 * s, 4 * kWarpgroups);  // one arrival per warp
     }
+    for (int w = 0; w < kWarpgroups; ++w) {
+      ptx::BarrierInit(staged_barrier(w), 4);
+      ptx::BarrierInit(drained_barrier(w), 1);
+    }
     ptx::BarrierInitFence();
   }
-  if (!p.plan_is_old) ptx::WaitForPrecedingKernels();
-  plan.Load(p.plan, p.num_experts, threadIdx.x, Tile::kThreads);
   __syncthreads();
-  const int num_items = ptx::Uniform(plan.tile_start[p.num_experts]) * row_tiles;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
-  auto item_at = [&](int item) { return ItemAt<Tile>(plan, p.num_experts, row_tiles, item); };
-  auto first_record = [&](const WorkItem& item) {
-    return p.records + (int64_t{item.expert} * p.row_blocks + item.first_slab) * slab_bytes;
-  };
 
-  if (warpgroup == kWarpgroups) {  // producer: one warp, one lane per copy of a stage
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (thread >= 32) return;
-    const bool is_tokens = thread == kWarpgroups;
-    const uint32_t offset = is_tokens ? 0 : Tile::kWeightsAt + thread * kRecordBytes;
-    const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
-    const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
-    const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
-    auto slabs_of = [&](const WorkItem& item) {
-      return min(kWarpgroups, p.row_blocks - item.first_slab);
-    };
-    if (p.plan_is_old) {
-      // While the preceding kernel still writes the tokens, the weights can come to L2.
-      if (blockIdx.x < num_items) {
-        const WorkItem item = item_at(blockIdx.x);
-        if (thread < slabs_of(item)) {
-          ptx::PrefetchToL2(first_record(item) + thread * slab_bytes,
-                            static_cast<uint32_t>(slab_bytes));
-        }
+  if (warpgroup == kWarpgroups) {
+    cutlass::arch::warpgroup_reg_dealloc<kWarpgroups == 2 ? 40 : 56>();
+    const int warp = __shfl_sync(~0u, thread / 32, 0);
+    if (warp == 0) {
+      LoadItems<Tile>(p, tokens, items);
+    } else if constexpr (kStaged) {
+      const int w = warp - 1;
+      if (w < kWarpgroups) {
+        StoreItems(epilogue, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
       }
-      ptx::WaitForPrecedingKernels();
-    }
-    ptx::LaunchDependents();
-    int stage = 0;
-    uint32_t parity = 1;
-    int* taken = p.plan.tickets + p.ticket;
-    int slot = 0;
-    for (int i = blockIdx.x; i < num_items;) {
-      // The next item's number is asked for early: the answer takes as long as a K128 or two.
-      int following = 0;
-      if (thread == 0) following = gridDim.x + atomicAdd(taken, 1);
-      const WorkItem item = item_at(i);
-      const int slabs = slabs_of(item);
-      const bool copies = is_tokens || thread < slabs;
-      const uint8_t* source =
-          is_tokens ? p.image + item.first_row * 128 : first_record(item) + thread * slab_bytes;
-      const uint32_t tile_bytes = item.live * 128;
-      const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
-      for (int k = p.k_blocks; k > 0; --k) {
-        ptx::BarrierWait(empty + 8 * stage, parity);
-        if (thread == 0) {
-          if (k == p.k_blocks) Announce(items[slot], item);
-          ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + slabs * kRecordBytes);
-        }
-        __syncwarp();
-        if (copies) {
-          ptx::BulkCopy(tokens + offset + stage * stage_bytes, source, bytes, full + 8 * stage,
-                        policy);
-        }
-        source += k_step;
-        if (++stage == kStages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-      slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
-      i = __shfl_sync(~0u, following, 0);
-    }
-    ptx::BarrierWait(empty + 8 * stage, parity);
-    if (thread == 0) {
-      Announce(items[slot], {0, 0, 0, 0, kNoMoreItems});
-      ptx::BarrierArrive(full + 8 * stage);
     }
     return;
   }
 
   cutlass::arch::warpgroup_reg_alloc<kWarpgroups == 2 ? 232 : 152>();
-  if (p.plan_is_old) ptx::WaitForPrecedingKernels();
+  ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
   const uint64_t first_tile = TokenDescriptor(tokens);
-  const uint32_t scales = tokens + Tile::kScalesAt + warpgroup * Tile::kTokens * 4;
   int stage = 0;
   uint32_t parity = 0;
   auto advance = [&] {
@@ -200,20 +283,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto release = [&](int used) {
     if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
   };
+  auto hand_over = [&] {
+    __syncwarp();
+    if (thread % 32 == 0) ptx::BarrierArrive(staged_barrier(warpgroup));
+  };
+  // Of the tiles that this warpgroup has finished, whether they are odd: scales have two places,
+  // since a thread may begin the next tile while another still reads this one's.
+  uint32_t odd = 0;
   for (int slot = 0;; slot = slot + 1 == Tile::kItems ? 0 : slot + 1) {
     ptx::BarrierWait(full + 8 * stage, parity);
     volatile WorkItem& item = items[slot];  // registers are scarce
+    const uint32_t scales = tokens + Tile::kScalesAt + (2 * warpgroup + odd) * Tile::kScaleBytes;
     const float* row_scale = p.row_scale + item.first_row;
     for (int t = thread, live = item.live; t < live; t += 128) {
       ptx::CopyAsync4(scales + t * 4, row_scale + t);
     }
     // One value for all decisions, known to be uniform from after the last divergent branch on:
     // else the ring's stage is not, and every descriptor of WGMMA goes through vector registers.
-    const bool idle = item.first_slab + warpgroup >= p.row_blocks;
+    const bool idle = warpgroup >= item.slabs;
     const int width = ptx::Uniform(idle ? min(item.width, 0) : item.width);
     if (width == kNoMoreItems) break;
-    if (width == 0) {  // the last slabs do not fill all warpgroups
-      for (int k = 0; k < p.k_blocks; ++k) {
+    if (width == 0) {  // fewer slabs than warpgroups
+      for (int k = 0; k < p.weights.k_blocks; ++k) {
         ptx::BarrierWait(full + 8 * stage, parity);
         release(stage);
         advance();
@@ -223,7 +314,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     Tile::WithWidth(width, [&](auto width) {
       constexpr int kWidth = decltype(width)::value, kSubtiles = Tile::kSubtiles;
-      float acc[kSubtiles][kWidth / 2], partial[2][kWidth / 2];
+      float acc[kSubtiles][kWidth / 2], partial[kWidth / 2];
       uint32_t a[2][4][4];
       Mxfp4::Tables tables;
 #pragma unroll
@@ -247,62 +338,77 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         MultiplyK128<kWidth>(products, fragments,
                              first_tile + (at * Tile::kTokens + n * kWidth) * kDescriptorToken);
       };
-      // kSteps K128, the first of them decoded into a[0]. While one product is added, the next is
-      // in flight and the next record is decoded. ptxas serialises what stays in flight from one
-      // turn of a loop to the next, so all is added at the end.
-      auto steps = [&](auto num_steps, bool more) {
-        constexpr int kSteps = decltype(num_steps)::value, kProducts = kSteps * kSubtiles;
-        int used = stage;
-        multiply(used, 0, partial[0], a[0]);
+      // Nothing is read from shared memory between a product's end and the next one's issue: beside
+      // WGMMA's own reads that takes long.
+      auto add = [&](float (&sum)[kWidth / 2], const float (&products)[kWidth / 2],
+                     const float (&scale)[2]) {
 #pragma unroll
-        for (int i = 0; i < kProducts; ++i) {
-          const int now = i / kSubtiles, n = i % kSubtiles, next = (i + 1) / kSubtiles;
-          if (n == 0) {
-            used = stage;
-            advance();
-          }
-          if (next == now) multiply(used, n + 1, partial[(i + 1) % 2], a[now % 2]);
-          if (now + 1 < kSteps || more) {  // in two parts, while the first two products run
-            if (n == 0) load_first(a[(now + 1) % 2]);
-            if (n == (kSubtiles > 1 ? 1 : 0)) load_second(a[(now + 1) % 2]);
-          }
-          if (next != now && i + 1 < kProducts) {
-            multiply(stage, 0, partial[(i + 1) % 2], a[next % 2]);
-          }
-          float scale[2];  // read for every product: registers are scarce
-          Mxfp4::LoadScale(record_at(used), thread, scale);
-          if (i + 1 < kProducts) {
-            WaitForProducts<1>(partial[i % 2]);
-          } else {
-            WaitForProducts<0>(partial[i % 2]);
-          }
+        for (int j = 0; j < kWidth / 2; ++j) {
+          sum[j] = fmaf(products[j], scale[j / 2 % 2], sum[j]);
+        }
+      };
+      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
+      auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
+        const int used = stage;
+        float scale[2];
+        advance();
+#pragma unroll
+        for (int n = 0; n < kSubtiles; ++n) {
+          multiply(used, n, partial, now);
+          if (n == 0) Mxfp4::LoadScale(record_at(used), thread, scale);
+          if (n == 0 && more) load_first(next);
+          if (n + 1 == kSubtiles && more) load_second(next);
+          WaitForProducts<0>(partial);
           if (n + 1 == kSubtiles) release(used);
-#pragma unroll
-          for (int j = 0; j < kWidth / 2; ++j) {
-            acc[n][j] = fmaf(partial[i % 2][j], scale[j / 2 % 2], acc[n][j]);
-          }
+          add(acc[n], partial, scale);
         }
       };
       load_first(a[0]);
       load_second(a[0]);
-      int k = p.k_blocks;
-      for (; k >= 2; k -= 2) steps(std::integral_constant<int, 2>{}, k > 2);
-      if (k == 1) steps(std::integral_constant<int, 1>{}, false);
-      EpilogueTile tile{warpgroup,   ptx::FreshThreadIndex() % 128,
-                        item.expert, item.first_slab + warpgroup,
-                        item.live,   item.first_row,
-                        scales,      tokens + Tile::kStagingAt + warpgroup * Tile::kStagingBytes};
+      for (int k = p.weights.k_blocks;; k -= 2) {
+        step(a[0], a[1], k > 1);
+        if (k == 1) break;
+        step(a[1], a[0], k > 2);
+        if (k == 2) break;
+      }
+      EpilogueTile tile{ptx::FreshThreadIndex() % 128,
+                        item.expert,
+                        item.first_slab + warpgroup,
+                        item.live,
+                        item.first_row,
+                        scales,
+                        staging_of(warpgroup)};
       ptx::CopyAsyncWait();
+      ptx::NamedBarrier(1 + warpgroup, 128);  // the scales are there
+      if constexpr (kStaged) {
+        ptx::BarrierWait(drained_barrier(warpgroup), odd ^ 1);
+        if (tile.thread == 0) {
+          volatile StoreJob& job = jobs[warpgroup];
+          job.first_row = tile.first_row;
+          job.slab = tile.slab;
+          job.live = tile.live;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kSubtiles; ++n) {
-        tile.Sync();  // the scales are there, the staging is free
-        if (tile.live > 0) epilogue.template Store<kWidth>(acc[n], tile);
+        if constexpr (kStaged) {
+          epilogue.template Stage<kWidth>(acc[n], tile);
+          tile.staging += kWidth * Epilogue::Staging::kChunks * 16;
+        } else {
+          epilogue.template Store<kWidth>(acc[n], tile);
+        }
         tile.live -= kWidth;
         tile.first_row += kWidth;
         tile.scales += kWidth * 4;
       }
-      tile.Sync();  // scales and staging are free again
+      if constexpr (kStaged) hand_over();
     });
+    odd ^= 1;
+  }
+  if constexpr (kStaged) {
+    ptx::BarrierWait(drained_barrier(warpgroup), odd ^ 1);
+    if (thread == 0) jobs[warpgroup].live = kNoMoreJobs;
+    hand_over();
   }
 }
 

@@ -28,20 +28,22 @@ struct PlanBuilder {
   static __device__ __forceinline__ void Write(Shared& shared, const int (&size)[kItems],
                                                const int (&row_start)[kItems], int num_experts,
                                                int tile_tokens, const Plan& plan) {
-    int tiles[kItems], tile_start[kItems];
+    int tiles[kItems], first_tile[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) tiles[i] = (size[i] + tile_tokens - 1) / tile_tokens;
-    const int total = Starts(shared, tiles, tile_start);
+    const int total = Starts(shared, tiles, first_tile);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int expert = threadIdx.x * kItems + i;
       if (expert >= num_experts) break;
       plan.row_start[expert] = row_start[i];
       plan.size[expert] = size[i];
-      plan.tile_start[expert] = tile_start[i];
+      for (int t = first_tile[i]; t < first_tile[i] + tiles[i]; ++t) {
+        plan.tiles[t] = {expert, row_start[i], size[i], first_tile[i]};
+      }
     }
-    if (threadIdx.x == 0) plan.tile_start[num_experts] = total;
-    if (threadIdx.x < Plan::kTickets) plan.tickets[threadIdx.x] = 0;
+    if (threadIdx.x == 0) plan.head->num_tiles = total;
+    if (threadIdx.x < Plan::kTickets) plan.head->tickets[threadIdx.x] = 0;
   }
 };
 

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kRoutePairs)
 // places[pair], and the plan.
 __global__ void __launch_bounds__(kRoutePairs)
     RankPairs(const int* __restrict__ topk_ids, int num_pairs, int num_experts, int tile_tokens,
-              const int* __restrict__ block_counts, Plan plan, Place* __restrict__ places) {
+              const int* block_counts, Plan plan, Place* places) {
   using Builder = PlanBuilder<kRoutePairs>;
   __shared__ Builder::Shared scratch;
   __shared__ int first[kMaxExperts + 1], next[kMaxExperts + 1];

@@ -35,7 +35,7 @@ struct Bf16Rows {
     const uint4* vectors = reinterpret_cast<const uint4*>(x + row * width);
     uint32_t amax_bits = 0;
     for (int v = threadIdx.x; v < width / 8; v += kImageThreads) {
-      amax_bits = max(amax_bits, AbsMaxBits(__ldg(vectors + v)));
+      amax_bits = max(amax_bits, AbsMaxBits(vectors[v]));
     }
     return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
   }
@@ -45,7 +45,7 @@ struct Bf16Rows {
     for (int t = 0; t < 4; ++t) {
       const int k = ChunkK(chunk, t);
       if (k >= width) continue;
-      const uint2 four = __ldg(reinterpret_cast<const uint2*>(x + row * width + k));
+      const uint2 four = *reinterpret_cast<const uint2*>(x + row * width + k);
       words[t] = Quantize(four, inv_scale);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
@@ -74,6 +74,9 @@ struct Fp8Rows {
 };
 
 // --- placements ---
+//
+// kLaunchFirst: the next kernel may start before the preceding one is complete. It may not where it
+// takes a plan for granted that the preceding one makes.
 
 inline constexpr int kMaxCountedPairs = 1024;  // more are placed by route.cuh's kernels
 
@@ -88,6 +91,7 @@ struct PlaceByCounting {
   int* row_phase;  // [num_pairs], written
 
   using Builder = PlanBuilder<kImageThreads>;
+  static constexpr bool kLaunchFirst = true;
   union Shared {
     Place place[kMaxTopK];
     struct {
@@ -151,6 +155,7 @@ struct PlaceByTable {
   int top_k;
   int* row_phase;  // written
 
+  static constexpr bool kLaunchFirst = false;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return top_k; }
@@ -170,6 +175,7 @@ struct PlaceByTable {
 struct PlaceInPlace {
   const int* row_phase;
 
+  static constexpr bool kLaunchFirst = true;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return 1; }
@@ -188,6 +194,7 @@ struct PlaceByGroup {
   uint8_t* out;         // the op's result
   int64_t out_bytes;    // of a row, a multiple of 16
 
+  static constexpr bool kLaunchFirst = false;
   struct Shared {
     int before[kImageThreads / 32];
     int phase;
@@ -235,8 +242,9 @@ __global__ void __launch_bounds__(kImageThreads)
     WriteTokenImage(Source source, Placement placement, TokenImage image) {
   __shared__ typename Placement::Shared shared;
   const int row = blockIdx.x;
+  if constexpr (Placement::kLaunchFirst) ptx::LaunchDependents();
   ptx::WaitForPrecedingKernels();
-  ptx::LaunchDependents();
+  if constexpr (!Placement::kLaunchFirst) ptx::LaunchDependents();
   if (!placement.Begin(shared, row)) return;
   float scale;
   const float inv_scale = source.Begin(row, scale);

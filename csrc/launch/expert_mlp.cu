@@ -20,7 +20,8 @@ cudaError_t LaunchExpertMlp(const ExpertMlpParams& p, cudaStream_t stream) {
                      static_cast<int>(p.rows_per_expert), static_cast<int>(p.experts.tile_tokens),
                      ws.plan, ws.row_phase, p.out, 2 * p.experts.hidden_size},
               ws.x, stream);
-  return LaunchExperts(p.experts, ws, num_rows, static_cast<__nv_bfloat16*>(p.out), stream);
+  return LaunchExperts(p.experts, ws, num_rows, true, FewPairs{},
+                       static_cast<__nv_bfloat16*>(p.out), stream);
 }
 
 }  // namespace jax_w4moe

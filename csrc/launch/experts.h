@@ -45,8 +45,10 @@ struct ExpertsWorkspace {
 cudaError_t PrepareExperts();
 
 // From x in the workspace, placed as plan and row_phase say, to out bf16[rows, H], row by row;
-// rows of no expert are not written.
+// rows of no expert are not written. plan_is_old: the plan was complete before the preceding kernel
+// began; few: what it is made from, if that is little and was complete.
 cudaError_t LaunchExperts(const Experts& experts, const ExpertsWorkspace& workspace, int num_rows,
-                          __nv_bfloat16* out, cudaStream_t stream);
+                          bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
+                          cudaStream_t stream);
 
 }  // namespace jax_w4moe

@@ -35,6 +35,7 @@ struct Workspace {
 cudaError_t LaunchChunk(const FusedMoeParams& p, const Workspace& ws, int64_t first, int num_tokens,
                         cudaStream_t stream) {
   const int top_k = static_cast<int>(p.top_k), hidden = static_cast<int>(p.experts.hidden_size);
+  const int num_pairs = num_tokens * top_k;
   const int bytes_per_token = hidden * (p.x_scale ? 1 : 2);
   LaunchRoute(Rows{static_cast<const uint8_t*>(p.x) + first * bytes_per_token,
                    p.x_scale ? p.x_scale + first : nullptr, hidden},
@@ -43,8 +44,12 @@ cudaError_t LaunchChunk(const FusedMoeParams& p, const Workspace& ws, int64_t fi
                       static_cast<int>(p.experts.tile_tokens), ws.block_counts, ws.experts.plan,
                       ws.places, ws.experts.row_phase},
               ws.experts.x, stream);
-  const cudaError_t status =
-      LaunchExperts(p.experts, ws.experts, num_tokens * top_k, ws.slots, stream);
+  FewPairs few{};
+  if (num_pairs <= kFewPairs) {
+    few = {p.topk_ids + first * top_k, num_pairs, static_cast<int>(p.experts.num_experts)};
+  }
+  const cudaError_t status = LaunchExperts(p.experts, ws.experts, num_pairs,
+                                           CountedBlocks(num_pairs) > 0, few, ws.slots, stream);
   if (status != cudaSuccess) return status;
   constexpr int kColumns = kCombineThreads * kCombineColumns;
   LaunchDependent(CombineSlots, dim3(num_tokens, (hidden + kColumns - 1) / kColumns),

@@ -13,9 +13,10 @@ struct Workspace {
   Plan plan;
   TokenImage image;
 
-  Workspace(int64_t num_rows, int64_t k_blocks, void* base)
+  Workspace(int64_t num_rows, int64_t k_blocks, int64_t num_experts, void* base)
       : arena(base),
-        plan(Plan::At(arena.Take<uint8_t>(Plan::kBytes))),
+        plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(num_rows, num_experts)), num_rows,
+                      num_experts)),
         image{arena.Take<uint8_t>(num_rows * k_blocks * 128), arena.Take<float>(num_rows),
               num_rows} {}
 };
@@ -30,8 +31,8 @@ void LaunchWithOutput(const GroupedMatmulParams& p, const GroupedGemmParams& gem
 
 }  // namespace
 
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks) {
-  return Workspace(num_rows, k_blocks, nullptr).arena.used();
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts) {
+  return Workspace(num_rows, k_blocks, num_experts, nullptr).arena.used();
 }
 
 cudaError_t PrepareGroupedMatmul() {
@@ -45,22 +46,16 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
 
-  const Workspace ws(p.num_rows, p.k_blocks, p.workspace);
+  const Workspace ws(p.num_rows, p.k_blocks, p.num_experts, p.workspace);
   const int num_experts = static_cast<int>(p.num_experts);
   LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction)}, static_cast<int>(p.num_rows),
               Groups{p.group_sizes, num_experts, 0, static_cast<int>(p.tile_tokens), ws.plan,
                      nullptr, p.out, p.num_columns * (p.out_is_f32 ? 4 : 2)},
               ws.image, stream);
-  const GroupedGemmParams gemm{static_cast<const uint8_t*>(p.records),
-                               ws.image.data,
-                               ws.image.row_scale,
-                               ws.plan,
-                               num_experts,
-                               static_cast<int>(p.row_blocks),
-                               static_cast<int>(p.k_blocks),
-                               ws.image.num_rows,
-                               0,
-                               true};
+  const Records weights{static_cast<const uint8_t*>(p.records), static_cast<int>(p.row_blocks),
+                        static_cast<int>(p.k_blocks)};
+  const GroupedGemmParams gemm{
+      weights, ws.image.data, ws.image.row_scale, ws.plan, ws.image.num_rows, 0, true, FewPairs{}};
   if (p.out_is_f32) {
     LaunchWithOutput<float>(p, gemm, num_sms, stream);
   } else {

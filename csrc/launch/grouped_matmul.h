@@ -26,7 +26,7 @@ struct GroupedMatmulParams {
 };
 
 // The same formula as jax_w4moe/ops/grouped_matmul.py; a test compares them.
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks);
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts);
 
 // Raises the shared-memory limit of every compiled tile on the current device.
 cudaError_t PrepareGroupedMatmul();

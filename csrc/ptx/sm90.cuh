@@ -101,6 +101,18 @@ __device__ __forceinline__ float MaxNan(float a, float b) {
   return result;
 }
 
+// 2^x and 1 / x to about 2^-22; what is below 2^-126 becomes 0.
+__device__ __forceinline__ float Exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float Reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // prmt.b32 without the selector mask that __byte_perm inserts.
 __device__ __forceinline__ uint32_t Permute(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;

@@ -2,9 +2,9 @@
 // only the device knows. A CTA begins with the item of its own number; later ones it takes by
 // ticket, so that none waits for a slower one. Which CTA does an item changes no bit of it.
 //
-// An expert's rows are cut into as few token tiles as fit, all of one width. Work items are
-// numbered expert by expert, row slabs next, token tiles fastest, so that the token tiles of one
-// expert's slabs run side by side and find the weights in L2.
+// An expert's rows are cut into as few token tiles as fit, as equal as whole units of tokens allow.
+// Work items are numbered expert by expert, row slabs next, token tiles fastest, so that the token
+// tiles of one expert's slabs run side by side and find the weights in L2.
 #pragma once
 
 #include <cstdint>
@@ -13,78 +13,134 @@
 
 namespace jax_w4moe {
 
-// Per-expert numbers in global memory. int32: rows per call are bounded by the caller.
+// A token tile, given by its expert: items of the expert are numbered from first_tile times the
+// number of row tiles on, so item / row_tiles is the number of one of the expert's token tiles.
+struct __align__(16) PlannedTile {
+  int expert;
+  int row_start;   // first row of the expert in the token image, the scales and the output
+  int size;        // its rows
+  int first_tile;  // token tiles of the experts before
+};
+
+// What a grouped GEMM is scheduled by, in global memory. int32: rows per call are bounded by the
+// caller.
 struct Plan {
-  int* row_start;   // [E] first row of the expert in the token image, the scales and the output
-  int* size;        // [E] its rows
-  int* tile_start;  // [E + 1] token tiles of the experts before
-  int* tickets;     // [kTickets] for each grouped GEMM, how many items beyond the first are taken
-
   static constexpr int kTickets = 2;
-  static constexpr int64_t kBytes = 12416;
+  struct Head {
+    int num_tiles;
+    int tickets[kTickets];  // for each grouped GEMM, how many items beyond the first are taken
+  };
 
-  __host__ __device__ static Plan At(void* workspace) {
-    int* p = static_cast<int*>(workspace);
-    return {p, p + kMaxExperts, p + 2 * kMaxExperts, p + 3 * kMaxExperts + 1};
+  Head* head;
+  int* row_start;  // [E]
+  int* size;       // [E]
+  PlannedTile* tiles;
+  int max_tiles;
+
+  // Each expert has at most one tile that is not full.
+  __host__ __device__ static int MaxTiles(int64_t num_rows, int64_t num_experts) {
+    return static_cast<int>(num_rows / kMinTileTokens +
+                            (num_rows < num_experts ? num_rows : num_experts));
   }
+  __host__ __device__ static int64_t Bytes(int64_t num_rows, int64_t num_experts) {
+    return kTilesAt + int64_t{MaxTiles(num_rows, num_experts)} * int64_t{sizeof(PlannedTile)};
+  }
+  __host__ __device__ static Plan At(void* workspace, int64_t num_rows, int64_t num_experts) {
+    uint8_t* base = static_cast<uint8_t*>(workspace);
+    int* starts = reinterpret_cast<int*>(base + kStartsAt);
+    return {reinterpret_cast<Head*>(base), starts, starts + kMaxExperts,
+            reinterpret_cast<PlannedTile*>(base + kTilesAt), MaxTiles(num_rows, num_experts)};
+  }
+
+ private:
+  static constexpr int kStartsAt = 128;
+  static constexpr int kTilesAt = kStartsAt + 2 * 4 * kMaxExperts;
 };
-static_assert(Plan::kBytes % 128 == 0, "what follows the plan is aligned");
-static_assert(Plan::kBytes >= 4 * (3 * kMaxExperts + 1 + Plan::kTickets), "all arrays");
 
-// A plan in shared memory.
-struct SharedPlan {
-  int row_start[kMaxExperts];
-  int size[kMaxExperts];
-  int tile_start[kMaxExperts + 1];
-
-  __device__ __forceinline__ void Load(const Plan& plan, int num_experts, int thread, int threads) {
-    for (int e = thread; e < num_experts; e += threads) {
-      row_start[e] = plan.row_start[e];
-      size[e] = plan.size[e];
+// Few pairs, planned by a warp from their expert ids as the plan will be: one tile per expert.
+inline constexpr int kFewPairs = 32;
+struct FewPairs {
+  const int* expert_ids;  // [num_pairs]
+  int num_pairs;          // at most kFewPairs; 0 for more, which only the plan knows
+  int num_experts;
+};
+class PlanOfFew {
+ public:
+  __device__ __forceinline__ explicit PlanOfFew(const FewPairs& pairs) {
+    const int lane = threadIdx.x % 32;
+    const int id = lane < pairs.num_pairs ? pairs.expert_ids[lane] : -1;
+    const bool valid = id >= 0 && id < pairs.num_experts;
+    const unsigned same = __match_any_sync(~0u, valid ? id : -1);
+    const unsigned firsts = __ballot_sync(~0u, valid && (same & ((1u << lane) - 1)) == 0);
+    num_tiles = __popc(firsts);
+    own_ = {id, 0, __popc(same), 0};
+    for (int other = 0; other < pairs.num_pairs; ++other) {
+      const int its = __shfl_sync(~0u, valid ? id : pairs.num_experts, other);
+      own_.row_start += its < id;
+      own_.first_tile += its < id && (firsts >> other & 1);
     }
-    for (int e = thread; e <= num_experts; e += threads) tile_start[e] = plan.tile_start[e];
+    if (!(firsts >> lane & 1)) own_.first_tile = -1;
   }
+  // The same in all lanes.
+  __device__ __forceinline__ PlannedTile Tile(int tile) const {
+    const int lane = max(__ffs(__ballot_sync(~0u, own_.first_tile == tile)) - 1, 0);
+    return {__shfl_sync(~0u, own_.expert, lane), __shfl_sync(~0u, own_.row_start, lane),
+            __shfl_sync(~0u, own_.size, lane), tile};
+  }
+  int num_tiles;
+
+ private:
+  PlannedTile own_;  // of the lane's pair, if it is the first of its expert
 };
 
-// A work item: `live` tokens from `first_row` on, times the slabs from `first_slab` on.
+// A work item: `live` tokens from `first_row` on, times `slabs` slabs from `first_slab` on.
 struct WorkItem {
   int expert;
   int first_slab;
+  int slabs;
   int64_t first_row;
   int live;
   int width;  // tokens of a sub-tile
 };
 
-// The last index i in [0, count) with starts[i] * factor <= value; starts rise from 0 on.
-__device__ __forceinline__ int LastNotAbove(const int* starts, int count, int factor, int value) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (starts[middle] * factor <= value) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
+// How the slabs of a matrix are dealt out: `group` of them, a warpgroup each, to a row tile.
+struct RowTiles {
+  int row_blocks, group, count;
 
-// Tile: kWarpgroups, kSubtiles and RoundWidth(tokens of a sub-tile).
+  // Small groups where the items are too few for all SMs, else as many as there are warpgroups.
+  __device__ __forceinline__ RowTiles(int row_blocks, int most, int num_tiles, int num_sms)
+      : row_blocks(row_blocks), group(0) {
+    do {
+      ++group;
+      count = (row_blocks + group - 1) / group;
+    } while (group < most && num_tiles * count > num_sms);
+  }
+};
+
+// Tile: kSubtiles, kTokens, kMinWidth. `planned` is tile item / rows.count of the plan.
 template <typename Tile>
-__device__ __forceinline__ WorkItem ItemAt(const SharedPlan& plan, int num_experts, int row_tiles,
+__device__ __forceinline__ WorkItem ItemAt(const PlannedTile& planned, const RowTiles& rows,
                                            int item) {
+  constexpr int kUnit = 8 * Tile::kSubtiles;  // tokens; tiles are whole units
   WorkItem result;
-  const int expert = LastNotAbove(plan.tile_start, num_experts, row_tiles, item);
-  const int size = plan.size[expert];
-  const int tiles = plan.tile_start[expert + 1] - plan.tile_start[expert];
-  const int local = item - plan.tile_start[expert] * row_tiles;
-  const int cut = tiles * Tile::kSubtiles;
-  result.width = Tile::RoundWidth((size + cut - 1) / cut);
-  const int first = local % tiles * (result.width * Tile::kSubtiles);
-  result.expert = expert;
-  result.first_slab = local / tiles * Tile::kWarpgroups;
-  result.first_row = int64_t{plan.row_start[expert]} + first;
-  result.live = min(size - first, result.width * Tile::kSubtiles);
+  const int tiles = (planned.size + Tile::kTokens - 1) / Tile::kTokens;
+  const int local = item - planned.first_tile * rows.count;
+  const int units = (planned.size + kUnit - 1) / kUnit;
+  int row_tile = local, tile = 0, least = units, longer = 0;
+  if (tiles > 1) {  // divisions take time
+    row_tile = local / tiles;
+    tile = local % tiles;
+    least = units / tiles;
+    longer = units % tiles;  // the first tiles have one more
+  }
+  const int first = (tile * least + min(tile, longer)) * kUnit;
+  const int own = least + (tile < longer);
+  result.width = max(own * 8, Tile::kMinWidth);
+  result.expert = planned.expert;
+  result.first_slab = row_tile * rows.group;
+  result.slabs = min(rows.group, rows.row_blocks - result.first_slab);
+  result.first_row = int64_t{planned.row_start} + first;
+  result.live = min(planned.size - first, own * kUnit);
   return result;
 }
 

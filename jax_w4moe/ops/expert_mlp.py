@@ -13,7 +13,8 @@ from jax_w4moe.types import PackedExperts
 
 def workspace_bytes(num_rows: int, experts: PackedExperts) -> int:
     """Bytes of workspace, by the formula of csrc/launch/expert_mlp.cu, which checks it."""
-    return tiles.workspace_bytes(operands.workspace_parts(num_rows, experts))
+    parts = operands.workspace_parts(num_rows, experts)
+    return tiles.workspace_bytes(num_rows, experts.num_experts, parts)
 
 
 def expert_mlp_cuda(

@@ -19,12 +19,14 @@ def workspace_bytes(num_tokens: int, top_k: int, experts: PackedExperts) -> int:
     rows = min(num_tokens, max(1, _MAX_ROWS // top_k)) * top_k
     blocks = 0 if rows <= _COUNTED_PAIRS else -(-rows // _COUNTED_PAIRS)
     return tiles.workspace_bytes(
+        rows,
+        experts.num_experts,
         [
             *operands.workspace_parts(rows, experts),
             4 * blocks * (experts.num_experts + 1),  # counts
             8 * rows,  # places
             2 * rows * experts.hidden_size,  # slots, bf16
-        ]
+        ],
     )
 
 

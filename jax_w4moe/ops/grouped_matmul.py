@@ -10,9 +10,9 @@ from jax_w4moe.ops.experts import or_nothing
 from jax_w4moe.types import PackedTensor
 
 
-def workspace_bytes(num_rows: int, k_blocks: int) -> int:
+def workspace_bytes(num_rows: int, k_blocks: int, num_experts: int) -> int:
     """Bytes of workspace, by the formula of csrc/launch/grouped_matmul.cu, which checks it."""
-    return tiles.workspace_bytes(tiles.image_parts(num_rows, k_blocks))
+    return tiles.workspace_bytes(num_rows, num_experts, tiles.image_parts(num_rows, k_blocks))
 
 
 def grouped_matmul_cuda(
@@ -37,7 +37,7 @@ def grouped_matmul_cuda(
     """
     num_experts, num_rows, _ = rhs.shape
     lhs_type = jax.typeof(lhs)
-    nbytes = workspace_bytes(lhs.shape[0], rhs.data.shape[2])
+    nbytes = workspace_bytes(lhs.shape[0], rhs.data.shape[2], num_experts)
     out, _ = _ffi.call(
         "grouped_matmul",
         [

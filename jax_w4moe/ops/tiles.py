@@ -2,23 +2,29 @@
 
 from jax_w4moe.formats.layout import round_up
 
-TILE_TOKENS = (64, 224)
+TILE_TOKENS = (64, 96, 240)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
-rows of each expert into as few tiles as hold them, of equal width."""
+rows of each expert into as few tiles as hold them, as equal as can be."""
 
-_LARGE_FROM = 64  # more rows per expert than this
-
-_PLAN_BYTES = 12_416  # as in csrc/schedule/grouped.cuh
+_MAX_EXPERTS = 1024  # as in csrc/common/limits.h
+_MIN_TILE_TOKENS = 64
 
 
 def tile_tokens(num_rows: int, num_experts: int) -> int:
-    """The tile for the expected rows of an expert."""
-    return TILE_TOKENS[-(-num_rows // num_experts) > _LARGE_FROM]
+    """The tile for the expected rows of an expert: the smallest that holds them, else the largest."""
+    rows = -(-num_rows // num_experts)
+    return next((tile for tile in TILE_TOKENS if rows <= tile), TILE_TOKENS[-1])
 
 
-def workspace_bytes(parts: list[int]) -> int:
-    """Bytes of a plan and of parts that start at multiples of 128."""
-    return _PLAN_BYTES + sum(round_up(part, 128) for part in parts)
+def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
+    """Bytes of a plan and of parts that start at multiples of 128.
+
+    The plan (csrc/schedule/grouped.cuh): its head, two numbers per expert that there may be, and a
+    tile of 16 bytes for all full tiles and one per expert that is not full.
+    """
+    max_tiles = num_rows // _MIN_TILE_TOKENS + min(num_rows, num_experts)
+    plan = 128 + 2 * 4 * _MAX_EXPERTS + 16 * max_tiles
+    return sum(round_up(part, 128) for part in [plan, *parts])
 
 
 def image_parts(num_rows: int, k_blocks: int) -> list[int]:
