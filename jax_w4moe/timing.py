@@ -5,6 +5,7 @@ to back, so that the host's share vanishes behind the device's. Inputs that toge
 cache several times over are cold in it.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,38 +18,73 @@ SECONDS = 0.02  # of a measurement, about
 REPEATS = 30
 
 
-def median_us(op: Callable[[Any], Any], inputs: Sequence[Any], *, repeats: int = REPEATS) -> float:
-    """Microseconds per call of ``op``, the median over ``repeats`` measurements.
+class Program:
+    """Calls of an op on each input in turn, compiled into one program and warmed up.
+
+    Calling it dispatches it once, without waiting, and returns the results.
 
     Args:
-      op: the function; traced as often as it is called in a program. What it closes over becomes a
-        constant of the program, so large arrays must be inputs.
+      op: ``op(input, *shared)``; traced as often as it is called in a program. What it closes over
+        becomes a constant of the program, so large arrays must be arguments.
       inputs: arrays or trees of them, taken in turn.
-      repeats: measurements.
+      shared: further arguments, the same for every call.
+      calls: of the op in the program, at least.
 
-    Returns:
-      Microseconds.
+    Attributes:
+      calls: of the op in the program.
     """
-    rounds = -(-CALLS // len(inputs))
 
-    @jax.jit
-    def program(inputs: Sequence[Any]) -> list[Any]:
-        results: list[Any] = []
-        for _ in range(rounds):
-            # The barrier makes each round's calls new ones to XLA, and orders them.
-            results, inputs = jax.lax.optimization_barrier((results, inputs))
-            results = [*results, *map(op, inputs)]
-        return results
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        inputs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
+        calls: int = CALLS,
+    ) -> None:
+        rounds = -(-calls // len(inputs))
+        self.calls = rounds * len(inputs)
 
-    def seconds(programs: int) -> float:
+        @jax.jit
+        def program(inputs: Sequence[Any], shared: tuple[Any, ...]) -> list[Any]:
+            results: list[Any] = []
+            for _ in range(rounds):
+                # The barrier makes each round's calls new ones to XLA, and orders them.
+                results, inputs = jax.lax.optimization_barrier((results, inputs))
+                results = [*results, *(op(x, *shared) for x in inputs)]
+            return results
+
+        self._dispatch = functools.partial(program, inputs, shared)
+        for _ in range(5):  # compiled, then recorded, then replayed
+            self._once = self._seconds(1)
+
+    def __call__(self) -> Any:
+        return self._dispatch()
+
+    def times_us(self, *, repeats: int = REPEATS, pause_s: float = 0.0) -> list[float]:
+        """Microseconds per call of the op, of each of ``repeats`` measurements.
+
+        Args:
+          repeats: measurements.
+          pause_s: seconds of idleness before each measurement, which then is a burst of two
+            programs, or of 2 ms; without a pause it is 20 ms of programs back to back.
+        """
+        programs = max(2, min(50, round((SECONDS / 10 if pause_s else SECONDS) / self._once)))
+        times = []
+        for _ in range(repeats):
+            if pause_s:
+                time.sleep(pause_s)
+                self._seconds(1)  # so that the host, too, is awake
+            times.append(self._seconds(programs) / (programs * self.calls) * 1e6)
+        return times
+
+    def _seconds(self, programs: int) -> float:
         start = time.perf_counter()
         for _ in range(programs - 1):
-            program(inputs)
-        jax.block_until_ready(program(inputs))
+            self()
+        jax.block_until_ready(self())
         return time.perf_counter() - start
 
-    for _ in range(5):  # compiled, then recorded, then replayed
-        once = seconds(1)
-    programs = max(2, min(50, round(SECONDS / once)))
-    times = [seconds(programs) for _ in range(repeats)]
-    return statistics.median(times) / (programs * rounds * len(inputs)) * 1e6
+
+def median_us(op: Callable[[Any], Any], inputs: Sequence[Any], *, repeats: int = REPEATS) -> float:
+    """Microseconds per call of ``op`` on ``inputs`` in turn: the median of a :class:`Program`'s."""
+    return statistics.median(Program(op, inputs).times_us(repeats=repeats))
