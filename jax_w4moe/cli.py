@@ -1,4 +1,4 @@
-"""The command line: ``python -m jax_w4moe demo | doctor``, also installed as ``jax-w4moe``."""
+"""The command line: ``python -m jax_w4moe demo | doctor | bench``, also ``jax-w4moe``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,3 +63,56 @@ def doctor() -> None:
     from jax_w4moe import doctor as program
 
     Console().print(program.table())
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A layer's name (all); tiny runs anywhere.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens (1 to 8192).")] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="balanced (default), zipf, or one expert for all.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Time ragged_dot or tokamax, too.")
+    ] = None,
+    burst: Annotated[
+        bool, typer.Option("--burst", help="Short bursts after pauses, not a sustained load.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier run's JSON; exit code 1 if a cell is slower.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw them; needs matplotlib.")] = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="Only the host's cost of dispatching a call.")
+    ] = False,
+) -> None:
+    """Times MoE layers against their floor and other libraries. Options may be repeated."""
+    from jax_w4moe.bench import command
+
+    try:
+        if host:
+            command.host(shape or ())
+            return
+        unchanged = command.run(
+            shapes=shape or (),
+            num_tokens=tokens or (),
+            routings=routing or (),
+            backend_names=backend or (),
+            burst=burst,
+            json=json,
+            compare=compare,
+            plot=plot,
+        )
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise _fail(
+            "A plot needs matplotlib, which is not installed; run pip install 'jax_w4moe[bench]'."
+        ) from error
+    except (ValueError, RuntimeError, NotImplementedError, FileNotFoundError) as error:
+        raise _fail(error) from error
+    if not unchanged:
+        raise typer.Exit(code=1)

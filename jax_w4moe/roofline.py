@@ -32,7 +32,18 @@ def touched_experts(topk_ids: Any, num_experts: int) -> int:
     return len(np.unique(ids[(ids >= 0) & (ids < num_experts)]))
 
 
-def layer_work(experts: PackedExperts, num_pairs: int, touched: float) -> tuple[float, int]:
+def layer_work(experts: PackedExperts, num_pairs: float, touched: float) -> tuple[float, float]:
     """Bytes of the touched experts, and FLOPs of so many (token, slot) pairs."""
     nbytes = experts.nbytes * touched / experts.num_experts
     return nbytes, 6 * num_pairs * experts.hidden_size * experts.intermediate_size
+
+
+def activation_bytes(experts: PackedExperts, num_tokens: int, num_pairs: float) -> float:
+    """Bytes of activations that a layer writes and reads, as though none stayed in the L2 cache.
+
+    Per token, x is read and y written in bf16: 2 H + 2 H. Per (token, slot) pair, written and read
+    once each: the FP8 image of the token (2 H), h in bf16 (4 I), its FP8 image (2 I) and the slot
+    in bf16 (4 H): 6 H + 6 I.
+    """
+    hidden, intermediate = experts.hidden_size, experts.intermediate_size
+    return num_tokens * 4 * hidden + num_pairs * 6 * (hidden + intermediate)

@@ -32,10 +32,11 @@ RANKS = {
     "moe": 6,
     "checkpoint": 7,
     "flax": 8,
-    "demo": 9,
-    "doctor": 9,
-    "cli": 10,
-    "__main__": 11,
+    "bench": 9,
+    "demo": 10,
+    "doctor": 10,
+    "cli": 11,
+    "__main__": 12,
     "__init__": 7,
 }
 

@@ -1,0 +1,125 @@
+"""What ``python -m jax_w4moe bench`` does with its options."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from jax_w4moe import _ffi
+from jax_w4moe.bench import backends, machine, report
+from jax_w4moe.bench.host import dispatch_us
+from jax_w4moe.bench.layers import ROUTINGS
+from jax_w4moe.bench.shapes import NUM_TOKENS, SHAPES, TINY, Shape
+from jax_w4moe.bench.sweep import sweep
+
+_WIDTH = 160  # a table's, whatever the terminal's: squeezed columns tell nothing
+
+
+def run(
+    *,
+    shapes: Sequence[str] = (),
+    num_tokens: Sequence[int] = (),
+    routings: Sequence[str] = (),
+    backend_names: Sequence[str] = (),
+    burst: bool = False,
+    json: Path | None = None,
+    compare: Path | None = None,
+    plot: Path | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Measures and reports.
+
+    Args:
+      shapes: names of layers, by default all of ``SHAPES``; "tiny" runs anywhere.
+      num_tokens: values of T, by default ``NUM_TOKENS``.
+      routings: by default balanced only.
+      backend_names: other backends to time.
+      burst: time bursts after pauses, not a sustained load.
+      json: where to write the rows.
+      compare: an earlier run's rows.
+      plot: where to draw; the suffix says in which format.
+      console: where to print.
+
+    Returns:
+      Whether nothing became slower than ``compare`` beyond noise.
+
+    Raises:
+      ValueError: an unknown name, a T below 1, or a file to compare with that does not fit.
+      RuntimeError: the kernels cannot run here.
+      FileNotFoundError: no file to compare with, or no folder to write to.
+      ModuleNotFoundError: a plot is asked for without matplotlib.
+    """
+    layers = named_shapes(shapes)
+    for count in num_tokens:
+        if count < 1:
+            raise ValueError(f"tokens={count} is below 1; leave it out.")
+    for name in routings:
+        if name not in ROUTINGS:
+            raise ValueError(f"routing {name!r} is unknown; use one of {', '.join(ROUTINGS)}.")
+    console = console or Console()
+    console.width = max(_WIDTH, console.width)
+    # What can fail does so before anything is measured.
+    for path in (json, plot):
+        if path and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} does not exist; make it, or write elsewhere.")
+    if plot:
+        from jax_w4moe.bench import plot as plots
+    header = {**machine.header(), "clocks": "burst" if burst else "sustained"}
+    old = report.load(compare, header) if compare else None
+    modules = backends.load(backend_names, console.print)
+
+    counts = tuple(num_tokens) or NUM_TOKENS
+    kinds = tuple(routings) or ROUTINGS[:1]
+    cells = sweep(layers, counts, kinds, backends=modules, burst=burst, report=console.print)
+    total = len(layers) * len(counts) * len(kinds)
+    rows = list(track(cells, "measuring", total=total, console=console, transient=True))
+
+    console.print(report.table(rows, header))
+    console.print(report.summary(rows), soft_wrap=True)
+    if json:
+        report.save(json, rows, header)
+    if plot:
+        plots.save(plot, rows, header)
+    if old is None:
+        return True
+    changes = report.compare(rows, old)
+    slower = [change for change in changes if change.relative > change.noise]
+    faster = sum(change.relative < -change.noise for change in changes)
+    for change in slower:
+        console.print(f"slower: {change}", soft_wrap=True)
+    console.print(f"{len(changes)} cells compared: {len(slower)} slower, {faster} faster.")
+    return not slower
+
+
+def host(shapes: Sequence[str] = (), console: Console | None = None) -> None:
+    """Measures and prints what dispatching a call costs the host."""
+    console = console or Console()
+    for shape in named_shapes(shapes):
+        layer_us, addition_us = dispatch_us(shape)
+        console.print(
+            f"{shape.name}: {layer_us:.1f} us to dispatch a jitted fused_moe at T = 1, without"
+            f" waiting for it ({addition_us:.1f} us for x + 1).",
+            soft_wrap=True,
+        )
+
+
+def named_shapes(names: Sequence[str]) -> list[Shape]:
+    """The layers of these names, which can run here.
+
+    Raises:
+      ValueError: an unknown name.
+      RuntimeError: a layer other than "tiny" where the kernels cannot run.
+    """
+    known = {**SHAPES, TINY.name: TINY}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"shape {name!r} is unknown; use one of {', '.join(known)}.")
+    chosen = [known[name] for name in names] or list(SHAPES.values())
+    reason = _ffi.why_unavailable()
+    if reason and chosen != [TINY]:
+        raise RuntimeError(
+            f"The benchmark needs a Hopper GPU and the kernels: {reason} Or pass --shape tiny, a"
+            " small layer that runs anywhere."
+        )
+    return chosen
