@@ -7,12 +7,13 @@
 #   make gpu-test   only the GPU tests, on the compiled extension
 #   make sanitize   the kernels under compute-sanitizer (of the CUDA toolkit), on small layers
 #   make lint       ruff, mypy, clang-format
-#   make bench      the benchmarks; needs a GPU
+#   make bench      quantize_fp8, the ceilings, and the layers; needs a GPU
 #   make wheel      dist/*.whl with the CUDA extension
 #   make clean      removes everything that the above made
 #
 # Variables: PYTHON (at least 3.11), JAX_W4MOE_CUDA=AUTO|ON|OFF (default: AUTO where there is an
-# NVIDIA GPU, else OFF, which is faster and enough for the CPU tests), CUDACXX.
+# NVIDIA GPU, else OFF, which is faster and enough for the CPU tests), CUDACXX, BENCH (options of
+# `jax_w4moe bench`).
 
 PYTHON ?= python3
 VENV := .venv
@@ -72,6 +73,7 @@ bench:
 bench-on: $(INSTALLED) $(STAMPS)/extra-bench
 	@$(REQUIRE_GPU)
 	$(PY) -m benchmarks.run
+	$(PY) -m jax_w4moe bench $(BENCH)
 
 lint: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-lint
 	$(PY) -m ruff check . .ci

@@ -1,1 +1,1 @@
-"""Measured claims come from here: ``make bench`` on a machine with a Hopper GPU."""
+"""What is no layer: ``quantize_fp8`` by itself, and the rates of plain XLA that floors rest on."""

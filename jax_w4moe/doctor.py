@@ -1,22 +1,16 @@
 """``python -m jax_w4moe doctor``: what is installed, what runs here, and why not the rest."""
 
-import functools
 import importlib.metadata
 import platform
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.table import Table
 from rich.text import Text
 
-from jax_w4moe import _ffi, implementation, roofline
-from jax_w4moe.formats import MXFP4
-from jax_w4moe.moe import fused_moe
-from jax_w4moe.packing import pack_experts
-from jax_w4moe.routing import topk_routing
-from jax_w4moe.timing import median_us
-from jax_w4moe.types import ExpertWeights, PackedExperts, QuantizedTensor
+from jax_w4moe import _ffi, implementation
+from jax_w4moe.bench.shapes import SHAPES
+from jax_w4moe.bench.sweep import sweep
 
 _EXTRAS = {"flax": ("flax", "orbax-checkpoint"), "checkpoint": ("safetensors",)}
 
@@ -50,45 +44,16 @@ def measurements() -> list[tuple[str, str]]:
     """Times of a layer of 32 experts, where the kernels can run; else nothing."""
     if _ffi.why_unavailable():
         return []
-    num_experts, hidden, intermediate, top_k = 32, 4096, 2048, 6
-    keys = jax.random.split(jax.random.key(0), 6)
-    sets = [
-        pack_experts(
-            ExpertWeights(
-                _random(keys[2 * i], num_experts, 2 * intermediate, hidden),
-                _random(keys[2 * i + 1], num_experts, hidden, intermediate),
-            )
+    shape = SHAPES["flash_ep8"]
+    return [
+        (
+            f"fused_moe, T={row.num_tokens}",
+            f"{row.time_us:.1f} us, floor {row.floor_us:.1f} us, ratio {row.ratio:.2f}"
+            f" (H={shape.hidden_size}, I={shape.intermediate_size}, {row.touched:.0f} of"
+            f" {shape.num_experts} experts)",
         )
-        for i in range(2)  # together far larger than L2
+        for row in sweep([shape], (1, 16, 4096), ("balanced",))
     ]
-    result = []
-    for num_tokens in (1, 16, 4096):
-        x = jax.random.normal(keys[4], (num_tokens, hidden), jnp.bfloat16)
-        logits = jax.random.normal(keys[5], (num_tokens, num_experts))
-        ids, weights = topk_routing(logits, top_k)
-        call = functools.partial(_call, x, ids, weights)
-        time_us = median_us(call, sets, repeats=9)
-        touched = roofline.touched_experts(ids, num_experts)
-        floor_us = roofline.floor_us(*roofline.layer_work(sets[0], ids.size, touched))
-        result.append(
-            (
-                f"fused_moe, T={num_tokens}",
-                f"{time_us:.1f} us, floor {floor_us:.1f} us, ratio {time_us / floor_us:.2f}"
-                f" (H={hidden}, I={intermediate}, {touched} of {num_experts} experts)",
-            )
-        )
-    return result
-
-
-def _call(x: jax.Array, ids: jax.Array, weights: jax.Array, experts: PackedExperts) -> jax.Array:
-    return fused_moe(x, experts, ids, weights)
-
-
-def _random(key: jax.Array, num_experts: int, rows: int, columns: int) -> QuantizedTensor:
-    """Random codes under one scale: the time does not depend on the values."""
-    codes = jax.random.bits(key, (num_experts, rows, columns // 2), jnp.uint8)
-    scales = jnp.full((num_experts, rows, columns // MXFP4.group_size), 118, jnp.uint8)
-    return QuantizedTensor(codes, scales, MXFP4)
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jax_w4moe import _ffi, doctor, implementation
+from jax_w4moe.bench.sweep import Row
 from jax_w4moe.cli import app
 
 RUNNER = CliRunner()
@@ -66,6 +67,15 @@ def test_doctor_says_what_fused_moe_would_do(monkeypatch: pytest.MonkeyPatch) ->
     assert lines()["fused_moe runs as"].startswith("cuda_sm90 on a Hopper GPU")
     monkeypatch.setattr(implementation, "choose", refuse)
     assert "fused_moe: no kernel in this version." in lines()["fused_moe runs as"]
+
+
+def test_doctor_measures_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("flash_ep8", 4, "balanced", 90.0, 0.0, 60.0, 61.0, 17.4, 3.0, 9.0, None, None, {})
+    monkeypatch.setattr(_ffi, "why_unavailable", lambda: None)
+    monkeypatch.setattr(doctor, "sweep", lambda *_: iter([row]))
+    assert lines()["fused_moe, T=4"] == (
+        "90.0 us, floor 60.0 us, ratio 1.50 (H=4096, I=2048, 17 of 32 experts)"
+    )
 
 
 def test_doctor_names_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:

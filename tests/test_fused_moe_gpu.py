@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jax_w4moe as w4
-from benchmarks import spec
 from jax_w4moe import _ffi, reference
+from jax_w4moe.bench.shapes import SHAPES
 from jax_w4moe.ops import fused_moe as op
 from jax_w4moe.ops.experts import attributes, or_nothing
 from jax_w4moe.ops.experts import operands as expert_operands
@@ -25,7 +25,7 @@ GPT_OSS = w4.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 # (H, I, E, k)
 LARGE = tuple(
     (layer.hidden_size, layer.intermediate_size, layer.num_experts, layer.top_k)
-    for layer in spec.LAYERS
+    for layer in map(SHAPES.__getitem__, ("flash", "r1_ep8", "r1_tp8", "gptoss", "qwen3"))
 )
 SMALL = ((256, 128, 4, 2), (96, 32, 5, 3))
 
