@@ -19,6 +19,7 @@ from jax_w4moe.packing import (
 )
 from jax_w4moe.quantization import PerToken
 from jax_w4moe.routing import topk_routing
+from jax_w4moe.tuning import Problem, Tactic, autotune, load_tactics, tactics
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
 
 __all__ = [
@@ -28,9 +29,12 @@ __all__ = [
     "PackedExperts",
     "PackedTensor",
     "PerToken",
+    "Problem",
     "QuantizedTensor",
     "SwiGLU",
+    "Tactic",
     "WeightFormat",
+    "autotune",
     "build_info",
     "checkpoint",
     "dequantize_experts",
@@ -40,11 +44,13 @@ __all__ = [
     "fused_moe",
     "grouped_matmul",
     "is_available",
+    "load_tactics",
     "pack",
     "pack_experts",
     "quantize_experts",
     "quantize_fp8",
     "reference",
+    "tactics",
     "topk_routing",
     "unpack",
     "unpack_experts",

@@ -309,7 +309,7 @@ def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
 
 
 def unsharded(**arguments: Any) -> None:
-    """Refuses the arguments that only make sense on several devices, or with tuned kernels."""
+    """Refuses the arguments that only make sense on several devices."""
     for name, value in arguments.items():
         if value is not None:
             raise NotImplementedError(

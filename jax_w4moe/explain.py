@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_w4moe import checks, roofline
+from jax_w4moe import checks, roofline, tuning
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.ops import fused_moe as op
-from jax_w4moe.ops import tiles
 from jax_w4moe.quantization import PerToken
+from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts
 
 _MIB = 2**20
@@ -48,6 +48,7 @@ def explain(
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
     implementation: str | None = None,
+    tactic: Tactic | None = None,
 ) -> str:
     """What ``fused_moe`` would run for these arguments, and the least time it could take.
 
@@ -57,11 +58,13 @@ def explain(
       topk_ids: i32[T, k]. The experts they touch are counted if this is an array with values, else
         estimated for uniform routing.
       topk_weights: as for ``fused_moe``; they change nothing here.
-      activation, act_dtype, act_scale, implementation: as for :func:`jax_w4moe.fused_moe`.
+      activation, act_dtype, act_scale, implementation, tactic: as for
+        :func:`jax_w4moe.fused_moe`.
 
     Returns:
-      Lines of text: implementation and why, tile, workspace, weights that are read, the floor on
-      one H200 (the larger of weight bytes at 4.57 TB/s and FLOPs at 1,450 TFLOPS, plus 5.5 us).
+      Lines of text: implementation and why, tactic and where from, workspace, weights that are
+      read, the floor on one H200 (the larger of weight bytes at 4.57 TB/s and FLOPs at 1,450
+      TFLOPS, plus 5.5 us).
 
     Raises:
       ValueError, TypeError, NotImplementedError, RuntimeError: as ``fused_moe`` would.
@@ -78,6 +81,7 @@ def explain(
     pairs, num_experts = num_tokens * top_k, experts.num_experts
     touched, counted = _touched(topk_ids, num_experts)
     nbytes, flops = roofline.layer_work(experts, pairs, touched)
+    chosen = tuning.choose(Problem.of_layer("fused_moe", experts, pairs), tactic)
     workspace = op.workspace_bytes(num_tokens, top_k, experts) / _MIB
     inexact = int(np.sum(np.asarray(experts.inexact_groups)))
     rows = [
@@ -89,8 +93,8 @@ def explain(
         ),
         ("implementation", _implementation(implementation, act_dtype)),
         (
-            "tile",
-            f"{tiles.tile_tokens(pairs, num_experts)} tokens at most;"
+            "tactic",
+            f"tiles of {chosen.tactic.tile_tokens} tokens at most, by {chosen.source};"
             f" {pairs / num_experts:.3g} rows per expert on average",
         ),
         ("workspace", f"{workspace:,.1f} MiB"),

@@ -66,6 +66,12 @@ def run(choice: Choice, cuda: Any, xla: Any, *operands: Any) -> Any:
     return jax.lax.platform_dependent(*operands, cuda=cuda, default=xla)
 
 
+def device_kind() -> str | None:
+    """The kind of this process's CUDA devices, e.g. "NVIDIA H200"; None without one."""
+    devices = _cuda_devices()
+    return str(devices[0].device_kind) if devices else None
+
+
 def _require_kernel(op: str, unsupported: str | None) -> None:
     if op not in _ffi.OPS:
         raise NotImplementedError(

@@ -1,12 +1,14 @@
 """The public ops: validate, choose the implementation, run."""
 
 import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from jax_w4moe import checks, reference
+from jax_w4moe import checks, reference, tuning
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
@@ -15,6 +17,7 @@ from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import PerToken, quantize_per_token
 from jax_w4moe.transforms import transformable
+from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts, PackedTensor
 
 _SWIGLU = SwiGLU()
@@ -37,7 +40,7 @@ def fused_moe(
     mesh: Any = None,
     exchange: Any = None,
     implementation: str | None = None,
-    tactic: Any = None,
+    tactic: Tactic | None = None,
 ) -> Array:
     """A Mixture-of-Experts layer after its router, on packed 4-bit weights.
 
@@ -63,7 +66,8 @@ def fused_moe(
       expert_axis, tensor_axis, token_axes, mesh, exchange: several devices; not in this version.
       implementation: None (the kernels on a Hopper GPU, XLA elsewhere), "xla" or "cuda_sm90"; a
         forced one never falls back.
-      tactic: a kernel's tile; not in this version.
+      tactic: how the kernels go about it (:func:`jax_w4moe.tactics`); None chooses by what was
+        measured, else by a model. It changes no bit of the result.
 
     Returns:
       bf16[T, H].
@@ -80,7 +84,6 @@ def fused_moe(
         token_axes=token_axes,
         mesh=mesh,
         exchange=exchange,
-        tactic=tactic,
     )
     checks.options(activation, act_dtype, act_scale)
     checks.packed_experts(experts)
@@ -88,8 +91,13 @@ def fused_moe(
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
     choice = implementations.choose("fused_moe", implementation, act_dtype)
-    op = _fused_moe(choice, activation, jnp.dtype(act_dtype))
-    return op(_Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights), experts)
+    op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype))
+    tokens = _Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
+    problem = Problem.of_layer("fused_moe", experts, topk_ids.size)
+    rotated = _rotated_ids(topk_ids, experts.num_experts)
+    return _run(
+        problem, choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
+    )
 
 
 def expert_mlp(
@@ -102,7 +110,7 @@ def expert_mlp(
     act_scale: PerToken = _PER_TOKEN,
     x_scale: Array | float | None = None,
     implementation: str | None = None,
-    tactic: Any = None,
+    tactic: Tactic | None = None,
 ) -> Array:
     """The experts of :func:`fused_moe` without routing and combine.
 
@@ -121,7 +129,6 @@ def expert_mlp(
     Raises:
       ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`fused_moe`.
     """
-    checks.unsharded(tactic=tactic)
     checks.options(activation, act_dtype, act_scale)
     checks.packed_experts(experts)
     checks.rows(rows, experts.num_experts)
@@ -129,8 +136,11 @@ def expert_mlp(
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
     choice = implementations.choose("expert_mlp", implementation, act_dtype)
-    op = _expert_mlp(choice, activation, jnp.dtype(act_dtype))
-    return op(_Rows(rows, _per_row(rows, x_scale)), (experts, group_sizes))
+    op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype))
+    tokens = _Rows(rows, _per_row(rows, x_scale))
+    problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]))
+    rotated = _rotated_sizes(group_sizes)
+    return _run(problem, choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
 
 
 def grouped_matmul(
@@ -143,7 +153,7 @@ def grouped_matmul(
     x_scale: Array | float | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
-    tactic: Any = None,
+    tactic: Tactic | None = None,
 ) -> Array:
     """Groups of rows times their expert's packed matrix; shaped like ``jax.lax.ragged_dot``.
 
@@ -161,7 +171,6 @@ def grouped_matmul(
     Raises:
       ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`fused_moe`.
     """
-    checks.unsharded(tactic=tactic)
     checks.options(_SWIGLU, act_dtype, act_scale)
     checks.packed("rhs", rhs)
     x_scale = _as_array(x_scale)
@@ -169,8 +178,11 @@ def grouped_matmul(
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
     choice = implementations.choose("grouped_matmul", implementation, act_dtype)
-    op = _grouped_matmul(choice, jnp.dtype(act_dtype), out_dtype)
-    return op(_Rows(lhs, _per_row(lhs, x_scale)), (rhs, group_sizes))
+    op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), out_dtype)
+    tokens = _Rows(lhs, _per_row(lhs, x_scale))
+    problem = Problem.of_matmul(rhs, lhs.shape[0])
+    rotated = _rotated_sizes(group_sizes)
+    return _run(problem, choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
 
 
 def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
@@ -227,8 +239,50 @@ def _per_row(x: Array, x_scale: Array | None) -> Array | None:
     return jnp.broadcast_to(x_scale, (*x.shape[:-1], 1))
 
 
+_ROTATIONS = 8  # so that a tuned call's weights are cold in L2, as in a model
+
+
+def _rotated_ids(topk_ids: Array, num_experts: int) -> Iterator[Array]:
+    """The ids, then the same routing to other experts."""
+    yield topk_ids
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    for i in range(1, _ROTATIONS):
+        yield jnp.where(valid, (topk_ids + i * num_experts // _ROTATIONS) % num_experts, topk_ids)
+
+
+def _rotated_sizes(group_sizes: Array) -> Iterator[Array]:
+    """The sizes, then the same sizes of other experts."""
+    yield group_sizes
+    for i in range(1, _ROTATIONS):
+        yield jnp.roll(group_sizes, i * group_sizes.size // _ROTATIONS)
+
+
+def _run(
+    problem: Problem,
+    choice: implementations.Choice,
+    tactic: Tactic | None,
+    op: Callable[[Tactic | None], Callable[..., Array]],
+    calls: Iterator[tuple[Any, Any]],
+) -> Array:
+    """Runs the first of the calls; inside autotune it times all tactics on all of them before."""
+    tuning.check(problem, tactic)
+    call = next(calls)
+    if tactic is None and choice != "xla" and tuning.wanted(problem, call):
+        tuning.record(problem, op, [call, *calls])
+    return op(tactic)(*call)
+
+
+# The ops are cached by what is static, so that JAX meets the same function again; the tactic is
+# chosen where the shapes are known for good, after vmap.
+
+
 @functools.cache
-def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+def _fused_moe(
+    choice: implementations.Choice,
+    activation: SwiGLU,
+    act_dtype: jnp.dtype,
+    tactic: Tactic | None,
+) -> Any:
     def xla(tokens: _Tokens, experts: PackedExperts) -> Array:
         return reference.fused_moe(
             tokens.x,
@@ -243,7 +297,9 @@ def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jn
 
     def cuda(tokens: _Tokens, experts: PackedExperts) -> Array:
         x, x_scale, ids, weights = tokens
-        return fused_moe_cuda(x, x_scale, experts, ids, weights, activation)
+        problem = Problem.of_layer("fused_moe", experts, ids.size)
+        chosen = tuning.choose(problem, tactic).tactic
+        return fused_moe_cuda(x, x_scale, experts, ids, weights, activation, chosen)
 
     def run(tokens: _Tokens, experts: PackedExperts) -> Array:
         return implementations.run(choice, cuda, xla, tokens, experts)
@@ -265,7 +321,12 @@ def _fused_moe(choice: implementations.Choice, activation: SwiGLU, act_dtype: jn
 
 
 @functools.cache
-def _expert_mlp(choice: implementations.Choice, activation: SwiGLU, act_dtype: jnp.dtype) -> Any:
+def _expert_mlp(
+    choice: implementations.Choice,
+    activation: SwiGLU,
+    act_dtype: jnp.dtype,
+    tactic: Tactic | None,
+) -> Any:
     def xla(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         return reference.expert_mlp(
             tokens.rows,
@@ -277,7 +338,10 @@ def _expert_mlp(choice: implementations.Choice, activation: SwiGLU, act_dtype: j
         )
 
     def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
-        return expert_mlp_cuda(*tokens, *fixed, activation)
+        num_rows = math.prod(tokens.rows.shape[:-1])
+        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows)
+        chosen = tuning.choose(problem, tactic).tactic
+        return expert_mlp_cuda(*tokens, *fixed, activation, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         return implementations.run(choice, cuda, xla, tokens, fixed)
@@ -295,7 +359,10 @@ def _expert_mlp(choice: implementations.Choice, activation: SwiGLU, act_dtype: j
 
 @functools.cache
 def _grouped_matmul(
-    choice: implementations.Choice, act_dtype: jnp.dtype, out_dtype: jnp.dtype
+    choice: implementations.Choice,
+    act_dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+    tactic: Tactic | None,
 ) -> Any:
     def xla(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         out = reference.grouped_matmul(
@@ -304,7 +371,9 @@ def _grouped_matmul(
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        return grouped_matmul_cuda(*tokens, *fixed, out_dtype)
+        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0])
+        chosen = tuning.choose(problem, tactic).tactic
+        return grouped_matmul_cuda(*tokens, *fixed, out_dtype, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         return implementations.run(choice, cuda, xla, tokens, fixed)

@@ -10,6 +10,7 @@ import pytest
 import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.ops import expert_mlp as op
+from jax_w4moe.ops import tiles
 from jax_w4moe.ops.experts import attributes, operands, or_nothing
 from tests.helpers import data
 from tests.helpers.compare import as_float64, assert_bitwise, relative_rms
@@ -115,7 +116,7 @@ def test_handler_checks_again(rng: np.random.Generator, experts: w4.PackedExpert
             or_nothing(None),
             *operands(experts),
             sizes,
-            **attributes(w4.SwiGLU(), 24, E),
+            **attributes(w4.SwiGLU(), w4.Tactic(tiles.TILE_TOKENS[0])),
             rows_per_expert=rows_per_expert,
         )
         jax.block_until_ready(out)

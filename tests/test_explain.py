@@ -8,6 +8,7 @@ import pytest
 import jax_w4moe as w4
 from jax_w4moe import _ffi, implementation, roofline
 from jax_w4moe.ops import fused_moe as op
+from jax_w4moe.ops import tiles
 from tests.helpers import data
 
 H, I, E, K = 128, 96, 8, 2  # noqa: E741
@@ -40,7 +41,17 @@ def test_explain_needs_shapes_only(experts: w4.PackedExperts) -> None:
     ids = jax.ShapeDtypeStruct((1000, K), jnp.int32)
     lines = _lines(w4.explain(x, experts, ids))
     assert lines["weights read"].endswith("8 experts, expected under uniform routing")
-    assert lines["tile"].startswith("240 tokens at most; 250 rows per expert")
+    widest = max(tiles.TILE_TOKENS)
+    assert lines["tactic"].startswith(
+        f"tiles of {widest} tokens at most, by the cost model; 250 rows per expert"
+    )
+
+
+def test_explain_says_where_the_tactic_is_from(experts: w4.PackedExperts) -> None:
+    x, ids = jnp.zeros((2, H), jnp.bfloat16), jnp.zeros((2, K), jnp.int32)
+    for tactic in w4.tactics(w4.Problem.of_layer("fused_moe", experts, ids.size)):
+        lines = _lines(w4.explain(x, experts, ids, tactic=tactic))
+        assert f"of {tactic.tile_tokens} tokens at most, by the argument;" in lines["tactic"]
 
 
 def test_explain_says_which_implementation(

@@ -1,6 +1,7 @@
 """The fused layer on the GPU: against the reference, against itself, under hostile input."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.bench.shapes import SHAPES
 from jax_w4moe.ops import fused_moe as op
+from jax_w4moe.ops import tiles
 from jax_w4moe.ops.experts import attributes, or_nothing
 from jax_w4moe.ops.experts import operands as expert_operands
+from jax_w4moe.tuning import winners
 from tests.helpers import data, sm_holder
 from tests.helpers.compare import MIRRORED_RMS, as_float64, assert_bitwise, relative_rms
 
@@ -157,6 +160,7 @@ def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
     x, ids, weights = _tokens(shape, num_tokens, "outside")
     expected = np.asarray(kernel(x, experts, ids, weights))
     nbytes = op.workspace_bytes(num_tokens, shape[3], experts)
+    tactic = w4.tactics(w4.Problem.of_layer("fused_moe", experts, ids.size))[0]
 
     @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
     def call(workspace: jax.Array) -> list[jax.Array]:
@@ -164,7 +168,7 @@ def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(workspace.shape, jnp.uint8),
         ]
-        attrs = attributes(w4.SwiGLU(), ids.size, shape[2])
+        attrs = attributes(w4.SwiGLU(), tactic)
         operands = (x, or_nothing(None), *expert_operands(experts), ids, weights)
         return _ffi.call("fused_moe", types, *operands, **attrs)
 
@@ -229,6 +233,21 @@ def test_platform_decides_by_itself() -> None:
     assert_bitwise(y, kernel(x, experts, ids, weights))
 
 
+def test_every_tactic_gives_the_same_bits(tmp_path: pathlib.Path) -> None:
+    """And autotune, which times them all, records one of them."""
+    experts = _layer(SMALL[0], True)
+    x, ids, weights = _tokens(SMALL[0], 700)
+    problem = w4.Problem.of_layer("fused_moe", experts, ids.size)
+    expected = np.asarray(kernel(x, experts, ids, weights))
+    for tactic in w4.tactics(problem):
+        assert_bitwise(kernel(x, experts, ids, weights, tactic=tactic), expected)
+    path = tmp_path / "winners.json"
+    with w4.autotune(path):
+        assert_bitwise(kernel(x, experts, ids, weights), expected)
+    assert list(winners.load(path).entries) == [problem.key()]
+    assert "by autotune;" in w4.explain(x, experts, ids)
+
+
 def test_gradients_beside_the_kernel() -> None:
     experts = _layer(SMALL[0], True)
     x, ids, weights = _tokens(SMALL[0], 9)
@@ -286,7 +305,7 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
             "alpha": 1.0,
             "beta": 0.0,
             "limit": float("inf"),
-            "tile_tokens": 64,
+            "tile_tokens": tiles.TILE_TOKENS[0],
             **changes,
         }
         operands = (experts.w13.data, empty, experts.w2.data, empty, ids, weights)

@@ -1,7 +1,6 @@
 """The grouped GEMM kernel: exact weights, f32 promotion, the same bits from every tile."""
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +21,13 @@ pytestmark = pytest.mark.gpu
 kernel = functools.partial(w4.grouped_matmul, implementation="cuda_sm90")
 
 
-@pytest.fixture(params=tiles.TILE_TOKENS)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Every compiled tile, whatever the number of rows."""
-    jax.clear_caches()
-    monkeypatch.setattr(tiles, "tile_tokens", lambda *_: request.param)
-    yield request.param
-    jax.clear_caches()
+# Every compiled tile, whatever the number of rows.
+every_tactic = pytest.mark.parametrize("tactic", [w4.Tactic(t) for t in tiles.TILE_TOKENS], ids=str)
 
 
+@every_tactic
 @pytest.mark.parametrize("row_order", ["canonical", "gate_up"])
-def test_one_hot_rows_give_back_the_weights(tile: int, row_order: RowOrder) -> None:
+def test_one_hot_rows_give_back_the_weights(tactic: w4.Tactic, row_order: RowOrder) -> None:
     """448 times each weight bit for bit, for all codes and every spread of scales up to 14."""
     rows = 16 * 15 * 15 // 25 * 4  # 576: nine slabs, so that the last warpgroups are idle
     index = np.arange(rows)
@@ -47,13 +42,19 @@ def test_one_hot_rows_give_back_the_weights(tile: int, row_order: RowOrder) -> N
     lhs = (jnp.eye(256) * 448).astype(jnp.float8_e4m3fn)
     sizes = jnp.asarray([256], jnp.int32)
     out = kernel(
-        lhs, w4.pack(q, row_order=row_order), sizes, x_scale=1.0, preferred_element_type=jnp.float32
+        lhs,
+        w4.pack(q, row_order=row_order),
+        sizes,
+        x_scale=1.0,
+        preferred_element_type=jnp.float32,
+        tactic=tactic,
     )
     expected = 448 * dequantize_mxfp4(np.asarray(q.codes), np.asarray(q.scales))[0].T
     np.testing.assert_array_equal(np.asarray(out), expected.astype(np.float32))
 
 
-def test_same_sign_data_at_large_k(tile: int) -> None:
+@every_tactic
+def test_same_sign_data_at_large_k(tactic: w4.Tactic) -> None:
     """Without promotion in f32 every 128 of K this is wrong by 12 %."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 8, (1, 64, 7168))
@@ -69,6 +70,7 @@ def test_same_sign_data_at_large_k(tile: int) -> None:
         jnp.asarray([16], jnp.int32),
         x_scale=1.0,
         preferred_element_type=jnp.float32,
+        tactic=tactic,
     )
     weights = dequantize_mxfp4(np.asarray(q.codes), np.asarray(q.scales))[0]
     expected = as_float64(lhs) @ weights.T
@@ -78,10 +80,11 @@ def test_same_sign_data_at_large_k(tile: int) -> None:
 SHAPES = ((3, 96, 64), (5, 192, 160), (4, 576, 384), (2, 2880, 2880), (9, 64, 32))
 
 
+@every_tactic
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("row_order", ["canonical", "gate_up"])
 def test_against_the_mirrored_reference(
-    rng: np.random.Generator, tile: int, shape: tuple[int, int, int], row_order: RowOrder
+    rng: np.random.Generator, tactic: w4.Tactic, shape: tuple[int, int, int], row_order: RowOrder
 ) -> None:
     """Uneven groups, empty ones, rows of no group, sizes that are no multiple of anything."""
     if row_order == "gate_up" and shape[1] % 64:
@@ -93,29 +96,24 @@ def test_against_the_mirrored_reference(
     lhs = data.tokens(rng, int(sizes.sum()) + 5, columns)
     group_sizes = jnp.asarray(sizes, jnp.int32)
     for dtype, bound in ((jnp.float32, 1e-3), (jnp.bfloat16, 3e-3)):
-        out = kernel(lhs, rhs, group_sizes, preferred_element_type=dtype)
+        out = kernel(lhs, rhs, group_sizes, preferred_element_type=dtype, tactic=tactic)
         expected = reference.grouped_matmul(lhs, rhs, group_sizes, mode="mirrored")
         assert out.dtype == dtype
         assert relative_rms(out, expected) < bound
         assert not as_float64(out)[sizes.sum() :].any()
 
 
-def test_every_tile_and_width_gives_the_same_bits(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_tile_and_width_gives_the_same_bits(rng: np.random.Generator) -> None:
     """Groups of every width that a tile is cut to, and of several tiles."""
     counts = [*range(1, 64, 5), 64, 65, 0, 95, 96, 97, 129, 200, 240, 241, 481]
     rhs = w4.pack(data.quantized(rng, (len(counts), 320, 1152)))
     sizes = jnp.asarray(counts, jnp.int32)
     lhs = data.tokens(rng, sum(counts), 1152)
-    results = []
-    for tile in tiles.TILE_TOKENS:
-        jax.clear_caches()
-        monkeypatch.setattr(tiles, "tile_tokens", lambda *_, tile=tile: tile)
-        results.append(np.asarray(kernel(lhs, rhs, sizes)))
+    results = [
+        np.asarray(kernel(lhs, rhs, sizes, tactic=w4.Tactic(tile))) for tile in tiles.TILE_TOKENS
+    ]
     for result in results[1:]:
         assert_bitwise(result, results[0])
-    jax.clear_caches()
     for group, start in enumerate(np.cumsum([0, *counts[:-1]])):
         if counts[group]:
             alone = kernel(lhs[start : start + 1], rhs, jnp.zeros_like(sizes).at[group].set(1))
@@ -183,14 +181,14 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
         )
         jax.block_until_ready(out)
 
-    needed = op.workspace_bytes(8, 1, 2)
-    call(needed, 64)
+    needed, smallest = op.workspace_bytes(8, 1, 2), min(tiles.TILE_TOKENS)
+    call(needed, smallest)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"workspace has {needed - 1} bytes"):
-        call(needed - 1, 64)
+        call(needed - 1, smallest)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no tile of 24 tokens is compiled"):
         call(needed, 24)
     with pytest.raises(jax.errors.JaxRuntimeError, match="N=65 does not fit 1 row blocks of 64"):
-        call(needed, 64, width=65)
+        call(needed, smallest, width=65)
 
 
 def test_bf16_activations_are_refused(rng: np.random.Generator) -> None:

@@ -401,8 +401,18 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             NotImplementedError,
             f"{name}='x': this version runs on one device; leave {name} out.",
         )
-        for name in ("expert_axis", "tensor_axis", "token_axes", "mesh", "exchange", "tactic")
+        for name in ("expert_axis", "tensor_axis", "token_axes", "mesh", "exchange")
     },
+    "type of tactic": (
+        {"tactic": 64},
+        TypeError,
+        "tactic: got int, need a Tactic; tactics() lists them.",
+    ),
+    "tactic that is not compiled": (
+        {"tactic": w4.Tactic(tile_tokens=24)},
+        ValueError,
+        "Tactic(tile_tokens=24) is not compiled; use one of Tactic(tile_tokens=",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from jax_w4moe import _ffi
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.ops import experts as operands
 from jax_w4moe.ops import tiles
+from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
 
@@ -23,6 +24,7 @@ def expert_mlp_cuda(
     experts: PackedExperts,
     group_sizes: Int32[Array, "E"],
     activation: SwiGLU,
+    tactic: Tactic,
 ) -> Array:
     """The two projections of every group's expert with the activation between them.
 
@@ -33,6 +35,7 @@ def expert_mlp_cuda(
       experts: packed experts.
       group_sizes: rows per expert.
       activation: the gated activation.
+      tactic: how the kernels go about it.
 
     Returns:
       bf16, shaped like rows; rows of no group are zero.
@@ -52,7 +55,7 @@ def expert_mlp_cuda(
         operands.or_nothing(scales),
         *operands.operands(experts),
         group_sizes,
-        **operands.attributes(activation, flat.shape[0], experts.num_experts),
+        **operands.attributes(activation, tactic),
         rows_per_expert=shape[1] if masked else 0,
     )
     return out.reshape(shape)

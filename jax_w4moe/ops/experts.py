@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.ops import tiles
+from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
 
@@ -38,11 +39,11 @@ def or_nothing(array: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if array is None else array
 
 
-def attributes(activation: SwiGLU, num_rows: int, num_experts: int) -> dict[str, Any]:
+def attributes(activation: SwiGLU, tactic: Tactic) -> dict[str, Any]:
     """What the handlers are told beside their operands."""
     return {
         "alpha": activation.alpha,
         "beta": activation.beta,
         "limit": float("inf") if activation.limit is None else activation.limit,
-        "tile_tokens": tiles.tile_tokens(num_rows, num_experts),
+        "tile_tokens": tactic.tile_tokens,
     }

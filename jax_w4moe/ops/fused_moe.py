@@ -8,6 +8,7 @@ from jax_w4moe import _ffi
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.ops import experts as operands
 from jax_w4moe.ops import tiles
+from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
 _MAX_ROWS = 65_536  # more are worked off in chunks of whole tokens
@@ -37,6 +38,7 @@ def fused_moe_cuda(
     topk_ids: Int32[Array, "T k"],
     topk_weights: Float32[Array, "T k"],
     activation: SwiGLU,
+    tactic: Tactic,
 ) -> BFloat16[Array, "T H"]:
     """The layer; its rounding points are R1 to R6 of ``docs/numerics.md``.
 
@@ -47,6 +49,7 @@ def fused_moe_cuda(
       topk_ids: expert ids; outside [0, E) means none.
       topk_weights: routing weights.
       activation: the gated activation.
+      tactic: how the kernels go about it.
 
     Returns:
       bf16[T, H].
@@ -64,6 +67,6 @@ def fused_moe_cuda(
         *operands.operands(experts),
         topk_ids,
         topk_weights,
-        **operands.attributes(activation, topk_ids.size, experts.num_experts),
+        **operands.attributes(activation, tactic),
     )
     return y

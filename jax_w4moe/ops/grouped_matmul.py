@@ -7,6 +7,7 @@ from jaxtyping import Array, Float32, Int32
 from jax_w4moe import _ffi
 from jax_w4moe.ops import tiles
 from jax_w4moe.ops.experts import or_nothing
+from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedTensor
 
 
@@ -21,6 +22,7 @@ def grouped_matmul_cuda(
     rhs: PackedTensor,
     group_sizes: Int32[Array, "E"],
     out_dtype: jnp.dtype,
+    tactic: Tactic,
 ) -> Array:
     """``out[m] = x_scale[m] * (weights of m's expert) @ x_fp8[m]``, accumulated in f32.
 
@@ -31,17 +33,17 @@ def grouped_matmul_cuda(
       rhs: one packed projection.
       group_sizes: rows per expert.
       out_dtype: bfloat16 or float32.
+      tactic: how the kernel goes about it.
 
     Returns:
       [M, N] in canonical column order; rows of no group are zero.
     """
-    num_experts, num_rows, _ = rhs.shape
     lhs_type = jax.typeof(lhs)
     nbytes = workspace_bytes(lhs.shape[0], rhs.data.shape[2], num_experts)
     out, _ = _ffi.call(
         "grouped_matmul",
         [
-            lhs_type.update(shape=(lhs.shape[0], num_rows), dtype=out_dtype),
+            lhs_type.update(shape=(lhs.shape[0], rhs.shape[1]), dtype=out_dtype),
             lhs_type.update(shape=(nbytes,), dtype=jnp.uint8),
         ],
         lhs,
@@ -49,6 +51,6 @@ def grouped_matmul_cuda(
         rhs.data,
         group_sizes,
         gate_up=rhs.row_order == "gate_up",
-        tile_tokens=tiles.tile_tokens(lhs.shape[0], num_experts),
+        tile_tokens=tactic.tile_tokens,
     )
     return out

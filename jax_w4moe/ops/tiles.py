@@ -1,4 +1,4 @@
-"""The compiled tiles of the grouped GEMM, chosen from static shapes, and sizes of a workspace."""
+"""The compiled tiles of the grouped GEMM, and sizes of a workspace."""
 
 from jax_w4moe.formats.layout import round_up
 
@@ -8,12 +8,6 @@ rows of each expert into as few tiles as hold them, as equal as can be."""
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
 _MIN_TILE_TOKENS = 64
-
-
-def tile_tokens(num_rows: int, num_experts: int) -> int:
-    """The tile for the expected rows of an expert: the smallest that holds them, else the largest."""
-    rows = -(-num_rows // num_experts)
-    return next((tile for tile in TILE_TOKENS if rows <= tile), TILE_TOKENS[-1])
 
 
 def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
