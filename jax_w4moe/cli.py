@@ -85,6 +85,9 @@ def bench(
         Path | None, typer.Option(help="An earlier run's JSON; exit code 1 if a cell is slower.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw them; needs matplotlib.")] = None,
+    autotune: Annotated[
+        Path | None, typer.Option(help="Time every tactic first; use and write the winners.")
+    ] = None,
     host: Annotated[
         bool, typer.Option("--host", help="Only the host's cost of dispatching a call.")
     ] = False,
@@ -105,6 +108,7 @@ def bench(
             json=json,
             compare=compare,
             plot=plot,
+            autotune=autotune,
         )
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":

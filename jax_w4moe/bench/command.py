@@ -1,12 +1,13 @@
 """What ``python -m jax_w4moe bench`` does with its options."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from jax_w4moe import _ffi
+from jax_w4moe import _ffi, tuning
 from jax_w4moe.bench import backends, machine, report
 from jax_w4moe.bench.host import dispatch_us
 from jax_w4moe.bench.layers import ROUTINGS
@@ -26,6 +27,7 @@ def run(
     json: Path | None = None,
     compare: Path | None = None,
     plot: Path | None = None,
+    autotune: Path | None = None,
     console: Console | None = None,
 ) -> bool:
     """Measures and reports.
@@ -39,6 +41,7 @@ def run(
       json: where to write the rows.
       compare: an earlier run's rows.
       plot: where to draw; the suffix says in which format.
+      autotune: a file of tactics to use, and to add to: times every tactic of each cell first.
       console: where to print.
 
     Returns:
@@ -71,9 +74,18 @@ def run(
 
     counts = tuple(num_tokens) or NUM_TOKENS
     kinds = tuple(routings) or ROUTINGS[:1]
-    cells = sweep(layers, counts, kinds, backends=modules, burst=burst, report=console.print)
+    cells = sweep(
+        layers,
+        counts,
+        kinds,
+        backends=modules,
+        burst=burst,
+        tune=autotune is not None,
+        report=console.print,
+    )
     total = len(layers) * len(counts) * len(kinds)
-    rows = list(track(cells, "measuring", total=total, console=console, transient=True))
+    with tuning.autotune(autotune) if autotune else contextlib.nullcontext():
+        rows = list(track(cells, "measuring", total=total, console=console, transient=True))
 
     console.print(report.table(rows, header))
     console.print(report.summary(rows), soft_wrap=True)

@@ -68,6 +68,7 @@ def sweep(
     *,
     backends: dict[str, ModuleType] | None = None,
     burst: bool = False,
+    tune: bool = False,
     report: Callable[[str], None] = print,
 ) -> Iterator[Row]:
     """Times every combination of layer, routing and token count.
@@ -78,6 +79,7 @@ def sweep(
       routings: of ``layers.ROUTINGS``.
       backends: modules with ``prepare`` and ``run`` to time on the same weights and calls.
       burst: time single programs after pauses, not programs back to back.
+      tune: first call each layer outside of a program, so that autotune sees it.
       report: takes the sentence about a backend that failed.
 
     Yields:
@@ -89,6 +91,8 @@ def sweep(
         for routing in routings:
             for count in num_tokens:
                 rotating = calls(experts, routing, count, shape)
+                if tune:
+                    jax.block_until_ready(_fused_moe(rotating[0], experts))
                 others: dict[str, float | None] = {}
                 for name, (backend, weights) in prepared.items():
                     # What another library cannot run must not end the run.

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from typer.testing import CliRunner, Result
 
-from jax_w4moe import _ffi
+from jax_w4moe import _ffi, implementation
 from jax_w4moe.bench import backends, host, layers, machine, report, sweep
 from jax_w4moe.cli import app
+from jax_w4moe.tuning import choice, recording, winners
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +112,19 @@ def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ragged_dot on tiny, T=1: no kernel for this\n" in result.output
 
 
+def test_autotune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As though this were an H200."""
+    monkeypatch.setattr(_ffi, "why_unavailable", lambda: None)
+    monkeypatch.setattr(implementation, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(recording, "_PLATFORM", jax.default_backend())
+    monkeypatch.setattr(recording, "_median_us", lambda *_: 1.0)
+    path = tmp_path / "winners.json"
+    result = bench("--tokens", "1", "--tokens", "3", "--autotune", str(path))
+    choice._loaded.set_global(choice._Loaded({}))
+    assert result.exit_code == 0, result.output
+    assert [problem.num_rows for problem in winners.load(path).entries] == [2, 6]
+
+
 def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_REPEATS", 2)
     result = bench("--host")
@@ -126,10 +141,12 @@ def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--backend", "torch"], "backend 'torch' is unknown; use one of ragged_dot, tokamax."),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at does not exist; make it"),
         (["--compare", "/nowhere.json"], "No such file"),
+        (["--autotune", "winners.json"], "autotune measures on a Hopper GPU: No GPU is here."),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_refusals(options: list[str], sentence: str) -> None:
+def test_refusals(options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "why_unavailable", lambda: "No GPU is here.")
     result = bench(*options)
     assert result.exit_code == 1
     assert sentence in result.stderr and result.stderr.count("\n") == 1
