@@ -15,7 +15,7 @@
 #include "epilogue/tile.cuh"
 #include "formats/mxfp4.cuh"
 #include "mainloop/wgmma.cuh"
-#include "schedule/grouped.cuh"
+#include "schedule/items.cuh"
 
 namespace jax_w4moe {
 

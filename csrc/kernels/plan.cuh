@@ -3,7 +3,7 @@
 
 #include <cub/block/block_scan.cuh>
 
-#include "schedule/grouped.cuh"
+#include "schedule/plan.h"
 
 namespace jax_w4moe {
 

@@ -9,7 +9,7 @@
 
 #include "kernels/plan.cuh"
 #include "ptx/sm90.cuh"
-#include "schedule/grouped.cuh"
+#include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
 namespace jax_w4moe {

@@ -11,7 +11,7 @@
 #include "kernels/quantize_row.cuh"
 #include "kernels/route.cuh"
 #include "ptx/sm90.cuh"
-#include "schedule/grouped.cuh"
+#include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
 namespace jax_w4moe {

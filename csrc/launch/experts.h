@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "launch/launch.h"
-#include "schedule/grouped.cuh"
+#include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
 namespace jax_w4moe {

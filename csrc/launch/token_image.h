@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "schedule/grouped.cuh"
+#include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
 namespace jax_w4moe {

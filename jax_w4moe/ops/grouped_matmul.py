@@ -39,7 +39,8 @@ def grouped_matmul_cuda(
       [M, N] in canonical column order; rows of no group are zero.
     """
     lhs_type = jax.typeof(lhs)
-    nbytes = workspace_bytes(lhs.shape[0], rhs.data.shape[2], num_experts)
+    num_experts, _, k_blocks, _ = rhs.data.shape
+    nbytes = workspace_bytes(lhs.shape[0], k_blocks, num_experts)
     out, _ = _ffi.call(
         "grouped_matmul",
         [

@@ -13,7 +13,7 @@ _MIN_TILE_TOKENS = 64
 def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
     """Bytes of a plan and of parts that start at multiples of 128.
 
-    The plan (csrc/schedule/grouped.cuh): its head, two numbers per expert that there may be, and a
+    The plan (csrc/schedule/plan.h): its head, two numbers per expert that there may be, and a
     tile of 16 bytes for all full tiles and one per expert that is not full.
     """
     max_tiles = num_rows // _MIN_TILE_TOKENS + min(num_rows, num_experts)

@@ -9,61 +9,12 @@
 
 #include <cstdint>
 
-#include "common/limits.h"
+#include "schedule/plan.h"
 
 namespace jax_w4moe {
 
-// A token tile, given by its expert: items of the expert are numbered from first_tile times the
-// number of row tiles on, so item / row_tiles is the number of one of the expert's token tiles.
-struct __align__(16) PlannedTile {
-  int expert;
-  int row_start;   // first row of the expert in the token image, the scales and the output
-  int size;        // its rows
-  int first_tile;  // token tiles of the experts before
-};
-
-// What a grouped GEMM is scheduled by, in global memory. int32: rows per call are bounded by the
-// caller.
-struct Plan {
-  static constexpr int kTickets = 2;
-  struct Head {
-    int num_tiles;
-    int tickets[kTickets];  // for each grouped GEMM, how many items beyond the first are taken
-  };
-
-  Head* head;
-  int* row_start;  // [E]
-  int* size;       // [E]
-  PlannedTile* tiles;
-  int max_tiles;
-
-  // Each expert has at most one tile that is not full.
-  __host__ __device__ static int MaxTiles(int64_t num_rows, int64_t num_experts) {
-    return static_cast<int>(num_rows / kMinTileTokens +
-                            (num_rows < num_experts ? num_rows : num_experts));
-  }
-  __host__ __device__ static int64_t Bytes(int64_t num_rows, int64_t num_experts) {
-    return kTilesAt + int64_t{MaxTiles(num_rows, num_experts)} * int64_t{sizeof(PlannedTile)};
-  }
-  __host__ __device__ static Plan At(void* workspace, int64_t num_rows, int64_t num_experts) {
-    uint8_t* base = static_cast<uint8_t*>(workspace);
-    int* starts = reinterpret_cast<int*>(base + kStartsAt);
-    return {reinterpret_cast<Head*>(base), starts, starts + kMaxExperts,
-            reinterpret_cast<PlannedTile*>(base + kTilesAt), MaxTiles(num_rows, num_experts)};
-  }
-
- private:
-  static constexpr int kStartsAt = 128;
-  static constexpr int kTilesAt = kStartsAt + 2 * 4 * kMaxExperts;
-};
-
-// Few pairs, planned by a warp from their expert ids as the plan will be: one tile per expert.
-inline constexpr int kFewPairs = 32;
-struct FewPairs {
-  const int* expert_ids;  // [num_pairs]
-  int num_pairs;          // at most kFewPairs; 0 for more, which only the plan knows
-  int num_experts;
-};
+// A plan made by a warp from few pairs' expert ids, as the one in memory will be: one tile per
+// expert.
 class PlanOfFew {
  public:
   __device__ __forceinline__ explicit PlanOfFew(const FewPairs& pairs) {
