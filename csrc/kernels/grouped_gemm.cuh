@@ -115,31 +115,37 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
   const int lane = threadIdx.x % 32;
   const bool is_few = p.few_pairs.num_pairs > 0, is_early = p.plan_is_old || is_few;
+  const int k_blocks = p.weights.k_blocks;
+  // A ticket is for a run of items, of several where they are short, and asked for a run ahead: the
+  // answer takes as long as several K128.
+  const int run = max(kRunSteps / k_blocks, 1), first_item = blockIdx.x * run;
   if (!is_early) ptx::WaitForPrecedingKernels();
   const PlanOfFew few(p.few_pairs);
-  const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
+  int num_tiles = few.num_tiles;
+  PlannedTile planned{};
+  int guess = -1;
+  if (!is_few) {  // one round trip to memory where there are enough tiles
+    guess = first_item / RowTiles::Count(p.weights.row_blocks, kWarpgroups);
+    if (guess < p.plan.max_tiles) planned = p.plan.tiles[guess];
+    num_tiles = p.plan.head->num_tiles;
+  }
   const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
   const int num_items = num_tiles * rows.count;
+  if (const int tile = first_item / rows.count; first_item < num_items && tile != guess) {
+    planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
+  }
+  __syncthreads();  // the barriers are there
 
   const bool is_tokens = lane == kWarpgroups;
   const uint32_t to = shared + (is_tokens ? 0 : Tile::kWeightsAt + lane * kRecordBytes);
   const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
   const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
   const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
-  const int k_blocks = p.weights.k_blocks;
-  int stage = 0, slot = 0, early = is_early ? min(k_blocks, kStages) : 0;
+  // Tokens are copied after the early weights; those of few pairs are there soon.
+  int early = is_early ? min(k_blocks, is_few ? 3 : kStages) : 0;
+  int stage = 0, slot = 0, ticket = 0;
   uint32_t parity = 1;
-  // Dependents are not launched before the wait: they may take for granted what the preceding
-  // kernels wrote. A ticket is for a run of items, of several where they are short, and asked for a
-  // run ahead: the answer takes as long as several K128.
-  const int run = max(kRunSteps / k_blocks, 1);
-  int ticket = 0;
-  PlannedTile planned{};
-  if (blockIdx.x * run < num_items) {
-    const int tile = blockIdx.x * run / rows.count;
-    planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
-  }
-  for (int i = blockIdx.x * run; i < num_items;) {
+  for (int i = first_item; i < num_items;) {
     const WorkItem item = ItemAt<Tile>(planned, rows, i);
     const bool copies = is_tokens || lane < item.slabs;
     const uint8_t* from = is_tokens ? p.image + item.first_row * 128
@@ -175,6 +181,7 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
       --stage;
       advance();
     }
+    // Not before the wait: dependents take for granted what the preceding kernels wrote.
     ptx::LaunchDependents();
     if (i % run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
     int next = i + 1;
@@ -240,18 +247,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < Mxfp4::kTableBytes) {
     shared[Tile::kTableAt + threadIdx.x] = Mxfp4::TableByte(threadIdx.x);
   }
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      ptx::BarrierInit(full + 8 * s, 1);
-      ptx::BarrierInit(empty + 8 * s, 4 * kWarpgroups);  // one arrival per warp
-    }
-    for (int w = 0; w < kWarpgroups; ++w) {
-      ptx::BarrierInit(staged_barrier(w), 4);
-      ptx::BarrierInit(drained_barrier(w), 1);
+  if (const int s = threadIdx.x; s < kStages) {
+    ptx::BarrierInit(full + 8 * s, 1);
+    ptx::BarrierInit(empty + 8 * s, 4 * kWarpgroups);  // one arrival per warp
+    if (s < kWarpgroups) {
+      ptx::BarrierInit(staged_barrier(s), 4);
+      ptx::BarrierInit(drained_barrier(s), 1);
     }
     ptx::BarrierInitFence();
   }
-  __syncthreads();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
 
   if (warpgroup == kWarpgroups) {
@@ -259,7 +263,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int warp = __shfl_sync(~0u, thread / 32, 0);
     if (warp == 0) {
       LoadItems<Tile>(p, tokens, items);
-    } else if constexpr (kStaged) {
+      return;
+    }
+    __syncthreads();
+    if constexpr (kStaged) {
       const int w = warp - 1;
       if (w < kWarpgroups) {
         StoreItems(epilogue, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
@@ -269,6 +276,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 
   cutlass::arch::warpgroup_reg_alloc<kWarpgroups == 2 ? 232 : 152>();
+  __syncthreads();
   ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
   const uint64_t first_tile = TokenDescriptor(tokens);

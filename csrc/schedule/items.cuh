@@ -58,12 +58,16 @@ struct WorkItem {
 struct RowTiles {
   int row_blocks, group, count;
 
+  static __device__ __forceinline__ int Count(int row_blocks, int group) {
+    return (row_blocks + group - 1) / group;
+  }
+
   // Small groups where the items are too few for all SMs, else as many as there are warpgroups.
   __device__ __forceinline__ RowTiles(int row_blocks, int most, int num_tiles, int num_sms)
       : row_blocks(row_blocks), group(0) {
     do {
       ++group;
-      count = (row_blocks + group - 1) / group;
+      count = Count(row_blocks, group);
     } while (group < most && num_tiles * count > num_sms);
   }
 };
