@@ -1,8 +1,6 @@
 // out[row, column] = acc * row_scale[row] + bias[expert, column], columns in canonical order.
 #pragma once
 
-#include <type_traits>
-
 #include "epilogue/tile.cuh"
 
 namespace jax_w4moe {
@@ -14,23 +12,22 @@ struct ScaledStore {
   int num_columns;    // logical rows of the weights, a multiple of 32
   bool gate_up;       // rows of records interleave gate and up (docs/layout.md, "Rows")
 
-  using Staging = std::conditional_t<sizeof(Out) == 2, Staged<2>, void>;
+  static constexpr bool kStaged = false;  // by itself it is used for f32
+  static constexpr int kChunks = 8;       // of 16 bytes that a token has in a tile of bf16
 
   // bf16: to shared memory.
   template <int kTokens>
   __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
     Scale<kTokens>(acc, tile);
-    Staging{tile.staging}.template WriteTransposed<kTokens>(tile.thread, [&](int group, int octet) {
+    StageTransposed<kTokens, 2>(tile, [&](int group, int octet) {
       return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
     });
   }
-  // Where 16 bytes of a row go; null for padding.
-  __device__ __forceinline__ uint8_t* Row(int64_t row, int slab, int chunk) const {
+  __device__ __forceinline__ StoreTarget Target(int64_t row, int slab, int chunk) const {
     const int column = Octet(slab, chunk);
-    if (column >= num_columns) return nullptr;
-    return reinterpret_cast<uint8_t*>(out + row * num_columns + column);
+    uint8_t* to = reinterpret_cast<uint8_t*>(out + row * num_columns + column);
+    return {column < num_columns ? to : nullptr, num_columns * 2};
   }
-  __device__ __forceinline__ int64_t RowBytes() const { return int64_t{num_columns} * 2; }
 
   // f32: from registers; eight lanes write 32 bytes of a token.
   template <int kTokens>

@@ -15,7 +15,7 @@ struct SwiGlu {
   int slabs;
   float alpha, beta, limit;  // limit is infinite for no clamp
 
-  using Staging = Staged<1>;
+  static constexpr int kChunks = 4;  // of 16 bytes that a token has in a tile
 
   template <int kTokens>
   __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
@@ -42,15 +42,13 @@ struct SwiGlu {
         acc[i + j] = gate * sigmoid * (up + beta);
       }
     }
-    Staging{tile.staging}.template WriteTransposed<kTokens>(
-        tile.thread, [&](int group, int) { return PackBf16(acc[group * 4], acc[group * 4 + 1]); });
+    StageTransposed<kTokens, 1>(
+        tile, [&](int group, int) { return PackBf16(acc[group * 4], acc[group * 4 + 1]); });
   }
 
-  // Where 16 bytes of a row go.
-  __device__ __forceinline__ uint8_t* Row(int64_t row, int slab, int chunk) const {
-    return reinterpret_cast<uint8_t*>(h + (row * slabs + slab) * 32 + chunk * 8);
+  __device__ __forceinline__ StoreTarget Target(int64_t row, int slab, int chunk) const {
+    return {reinterpret_cast<uint8_t*>(h + (row * slabs + slab) * 32 + chunk * 8), slabs * 64};
   }
-  __device__ __forceinline__ int64_t RowBytes() const { return int64_t{slabs} * 64; }
 };
 
 }  // namespace jax_w4moe

@@ -24,7 +24,8 @@ struct EpilogueTile {
   int live;           // tokens that exist
   int64_t first_row;  // the first token's row
   uint32_t scales;    // f32 of each token, in shared memory
-  uint32_t staging;   // kTokens * kStagingRow bytes of shared memory
+  uint32_t staging;   // kStagingRow bytes of shared memory for each token of the item
+  int staged;         // tokens of the item that come before this tile
 
   __device__ __forceinline__ int Token(int i) const { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
   __device__ __forceinline__ int Row(int i) const {
@@ -37,54 +38,65 @@ struct EpilogueTile {
   }
 };
 
-// What is staged: tokens as rows of 4 kOctets chunks of 16 bytes, kOctets blocks of 8 columns from
-// each warp.
-template <int kOctets>
-struct Staged {
-  static constexpr int kChunks = 4 * kOctets;  // of a token
-  uint32_t address;
+// Where a chunk of 16 bytes of a token is staged, of `chunks` (4 or 8) that a token has: permuted
+// so that 8 rows of a column of chunks lie in different banks.
+__device__ __forceinline__ int StagedAt(int token, int chunk, int chunks) {
+  return (token * chunks + (chunk ^ (token * chunks / 8 & (chunks - 1)))) * 16;
+}
 
-  // Chunks are permuted so that 8 rows of a column of chunks lie in different banks.
-  __device__ __forceinline__ uint32_t At(int token, int chunk) const {
-    return address + (token * kChunks + (chunk ^ token * kChunks / 8 % kChunks)) * 16;
-  }
-
-  // fragment(group, octet): two tokens' values of one column as a word, for tokens 8 group + 2 t
-  // and + 1 and column 8 octet + g of the warp.
-  template <int kTokens, typename Fragment>
-  __device__ __forceinline__ void WriteTransposed(int thread, const Fragment& fragment) const {
-    const int warp = thread / 32, lane = thread % 32;
+// Stages kTokens tokens as rows of 4 kOctets chunks, kOctets blocks of 8 columns from each warp.
+// fragment(group, octet): two tokens' values of one column as a word, for tokens 8 group + 2 t and
+// + 1 and column 8 octet + g of the warp.
+template <int kTokens, int kOctets, typename Fragment>
+__device__ __forceinline__ void StageTransposed(const EpilogueTile& tile,
+                                                const Fragment& fragment) {
+  const int warp = tile.thread / 32, lane = tile.thread % 32;
 #pragma unroll
-    for (int group = 0; group < kTokens / 8; ++group) {
-      const int token = group * 8 + lane % 8;
-      if constexpr (kOctets == 2) {
-        ptx::StoreMatricesTransposed(At(token, warp * 2 + lane / 8 % 2), fragment(group, 0),
-                                     fragment(group, 1));
-      } else {
-        ptx::StoreMatrixTransposed(At(token, warp), fragment(group, 0));
-      }
+  for (int group = 0; group < kTokens / 8; ++group) {
+    const int token = tile.staged + group * 8 + lane % 8;
+    const int chunk = kOctets == 2 ? warp * 2 + lane / 8 % 2 : warp;
+    const uint32_t to = tile.staging + StagedAt(token, chunk, 4 * kOctets);
+    if constexpr (kOctets == 2) {
+      ptx::StoreMatricesTransposed(to, fragment(group, 0), fragment(group, 1));
+    } else {
+      ptx::StoreMatrixTransposed(to, fragment(group, 0));
     }
   }
+}
 
-  // A warp stores the first `live` tokens; `to` is where the first one's chunk lane % kChunks goes.
-  __device__ __forceinline__ void Store(int lane, int live, uint8_t* to, int64_t row_bytes) const {
-    constexpr int kAhead = 4, kTokensAtOnce = 32 / kChunks;
-    const int chunk = lane % kChunks;
-    to += lane / kChunks * row_bytes;
-    for (int token = lane / kChunks; token < live; token += kAhead * kTokensAtOnce) {
-      uint4 values[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int ahead = token + i * kTokensAtOnce;
-        if (ahead < live) values[i] = ptx::LoadShared128(At(ahead, chunk));
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (token + i * kTokensAtOnce < live) *reinterpret_cast<uint4*>(to) = values[i];
-        to += kTokensAtOnce * row_bytes;
-      }
-    }
-  }
+// What a warpgroup leaves for the warp that stores it.
+struct StoreJob {
+  int64_t first_row;
+  int slab;
+  int live;
 };
+
+// What an epilogue makes of a job: where the first token's chunk goes, or null; bytes of a row.
+struct StoreTarget {
+  uint8_t* to;
+  int row_bytes;
+};
+
+// A warp stores the first `live` tokens that are staged, each lane its column of chunks.
+template <int kChunks>
+__device__ __forceinline__ void StoreStaged(uint32_t staging, int live, StoreTarget target) {
+  constexpr int kAhead = 3, kAtOnce = 32 / kChunks;
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x % 32 / kChunks;
+  const int step = kAtOnce * target.row_bytes;
+  uint8_t* to = target.to + first * target.row_bytes;
+  for (int token = first; token < live; token += kAhead * kAtOnce) {
+    uint4 values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int ahead = token + i * kAtOnce;
+      if (ahead < live) values[i] = ptx::LoadShared128(staging + StagedAt(ahead, chunk, kChunks));
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (token + i * kAtOnce < live) *reinterpret_cast<uint4*>(to) = values[i];
+      to += step;
+    }
+  }
+}
 
 }  // namespace jax_w4moe

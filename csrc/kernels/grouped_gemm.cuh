@@ -42,12 +42,6 @@ struct GroupedGemmParams {
   FewPairs few_pairs;  // what the plan is made from, complete as well; or none
 };
 
-// What a warpgroup leaves for the warp that stores it.
-struct StoreJob {
-  int64_t first_row;
-  int slab;
-  int live;
-};
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
 template <int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
@@ -214,17 +208,13 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
 template <typename Epilogue>
 __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile const StoreJob& job,
                                            uint32_t staging, uint32_t staged, uint32_t drained) {
-  const int lane = threadIdx.x % 32;
   for (uint32_t parity = 0;; parity ^= 1) {
     ptx::BarrierWait(staged, parity);
-    const int live = job.live, slab = job.slab;
-    const int64_t first_row = job.first_row;
+    const int live = job.live;
     if (live == kNoMoreJobs) return;
-    using Staging = typename Epilogue::Staging;
-    uint8_t* to = epilogue.Row(first_row, slab, lane % Staging::kChunks);
-    if (to) Staging{staging}.Store(lane, live, to, epilogue.RowBytes());
+    epilogue.Store(job.first_row, job.slab, live, staging);
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(drained);
+    if (threadIdx.x % 32 == 0) ptx::BarrierArrive(drained);
   }
 }
 
@@ -233,7 +223,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
-  constexpr bool kStaged = !std::is_void_v<typename Epilogue::Staging>;
+  constexpr bool kStaged = Epilogue::kStaged;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
@@ -385,7 +375,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                         item.live,
                         item.first_row,
                         scales,
-                        staging_of(warpgroup)};
+                        staging_of(warpgroup),
+                        0};
       ptx::CopyAsyncWait();
       ptx::NamedBarrier(1 + warpgroup, 128);  // the scales are there
       if constexpr (kStaged) {
@@ -401,13 +392,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int n = 0; n < kSubtiles; ++n) {
         if constexpr (kStaged) {
           epilogue.template Stage<kWidth>(acc[n], tile);
-          tile.staging += kWidth * Epilogue::Staging::kChunks * 16;
         } else {
           epilogue.template Store<kWidth>(acc[n], tile);
         }
         tile.live -= kWidth;
         tile.first_row += kWidth;
         tile.scales += kWidth * 4;
+        tile.staged += kWidth;
       }
       if constexpr (kStaged) hand_over();
     });

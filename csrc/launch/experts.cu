@@ -1,6 +1,4 @@
 // The launches of experts.h: w13 with SwiGLU, requantise, w2.
-#include "epilogue/scaled_store.cuh"
-#include "epilogue/swiglu.cuh"
 #include "launch/experts.h"
 #include "launch/grouped_gemm.h"
 #include "launch/token_image.h"
@@ -23,10 +21,7 @@ ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& 
       h_image(TakeImage(arena, experts.w2_k_blocks, rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
-cudaError_t PrepareExperts() {
-  const cudaError_t status = PrepareGroupedGemm<SwiGlu>();
-  return status == cudaSuccess ? PrepareGroupedGemm<ScaledStore<__nv_bfloat16>>() : status;
-}
+cudaError_t PrepareExperts() { return PrepareGroupedGemm<LayerEpilogue>(); }
 
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
@@ -34,21 +29,23 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   int num_sms = 0;
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
-  const int hidden = static_cast<int>(e.hidden_size);
   const Records w13{static_cast<const uint8_t*>(e.w13), static_cast<int>(e.w13_row_blocks),
                     static_cast<int>(e.w13_k_blocks)};
   const Records w2{static_cast<const uint8_t*>(e.w2), static_cast<int>(e.w2_row_blocks),
                    static_cast<int>(e.w2_k_blocks)};
+  LayerEpilogue epilogue{
+      SwiGlu{ws.h, e.w13_bias, w13.row_blocks, e.alpha, e.beta, e.limit},
+      ScaledStore<__nv_bfloat16>{out, e.w2_bias, static_cast<int>(e.hidden_size), false}, false};
   LaunchGroupedGemm(e.tile_tokens,
                     GroupedGemmParams{w13, ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
-                    SwiGlu{ws.h, e.w13_bias, w13.row_blocks, e.alpha, e.beta, e.limit}, num_sms,
-                    stream);
+                    epilogue, num_sms, stream);
   LaunchRequantize(ws.h, w13.row_blocks * 32, num_rows, ws.row_phase, ws.h_image, stream);
+  epilogue.is_second = true;
   LaunchGroupedGemm(e.tile_tokens,
                     GroupedGemmParams{w2, ws.h_image.data, ws.h_image.row_scale, ws.plan,
                                       ws.h_image.num_rows, 1, true, FewPairs{}},
-                    ScaledStore<__nv_bfloat16>{out, e.w2_bias, hidden, false}, num_sms, stream);
+                    epilogue, num_sms, stream);
   return cudaGetLastError();
 }
 

@@ -6,9 +6,15 @@
 
 #include <cstdint>
 
+#include "epilogue/either.cuh"
+#include "epilogue/scaled_store.cuh"
+#include "epilogue/swiglu.cuh"
 #include "kernels/grouped_gemm.cuh"
 
 namespace jax_w4moe {
+
+// Of w13 and w2; a grouped_matmul with bf16 results is the second alone.
+using LayerEpilogue = Either<SwiGlu, ScaledStore<__nv_bfloat16>>;
 
 // Raises the shared-memory limit of every tile with this epilogue on the current device.
 template <typename Epilogue>

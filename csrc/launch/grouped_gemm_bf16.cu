@@ -1,9 +1,8 @@
-// The grouped GEMM with the epilogue ScaledStore<__nv_bfloat16>.
-#include "epilogue/scaled_store.cuh"
+// The grouped GEMM with the epilogues of a layer.
 #include "launch/grouped_gemm.cuh"
 
 namespace jax_w4moe {
 
-JAX_W4MOE_COMPILE_EPILOGUE(ScaledStore<__nv_bfloat16>)
+JAX_W4MOE_COMPILE_EPILOGUE(LayerEpilogue)
 
 }  // namespace jax_w4moe

@@ -1,5 +1,4 @@
 // The launches of grouped_matmul, and its workspace.
-#include "epilogue/scaled_store.cuh"
 #include "launch/grouped_gemm.h"
 #include "launch/grouped_matmul.h"
 #include "launch/launch.h"
@@ -21,14 +20,6 @@ struct Workspace {
               num_rows} {}
 };
 
-template <typename Out>
-void LaunchWithOutput(const GroupedMatmulParams& p, const GroupedGemmParams& gemm, int num_sms,
-                      cudaStream_t stream) {
-  const ScaledStore<Out> store{static_cast<Out*>(p.out), nullptr, static_cast<int>(p.num_columns),
-                               p.gate_up};
-  LaunchGroupedGemm(p.tile_tokens, gemm, store, num_sms, stream);
-}
-
 }  // namespace
 
 int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts) {
@@ -37,7 +28,7 @@ int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t 
 
 cudaError_t PrepareGroupedMatmul() {
   const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>();
-  return status == cudaSuccess ? PrepareGroupedGemm<ScaledStore<__nv_bfloat16>>() : status;
+  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>() : status;
 }
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t stream) {
@@ -56,10 +47,14 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
                         static_cast<int>(p.k_blocks)};
   const GroupedGemmParams gemm{
       weights, ws.image.data, ws.image.row_scale, ws.plan, ws.image.num_rows, 0, true, FewPairs{}};
+  const int columns = static_cast<int>(p.num_columns);
   if (p.out_is_f32) {
-    LaunchWithOutput<float>(p, gemm, num_sms, stream);
+    const ScaledStore<float> store{static_cast<float*>(p.out), nullptr, columns, p.gate_up};
+    LaunchGroupedGemm(p.tile_tokens, gemm, store, num_sms, stream);
   } else {
-    LaunchWithOutput<__nv_bfloat16>(p, gemm, num_sms, stream);
+    const ScaledStore<__nv_bfloat16> store{static_cast<__nv_bfloat16*>(p.out), nullptr, columns,
+                                           p.gate_up};
+    LaunchGroupedGemm(p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms, stream);
   }
   return cudaGetLastError();
 }
