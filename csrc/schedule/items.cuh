@@ -7,6 +7,7 @@
 // tiles of one expert's slabs run side by side and find the weights in L2.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "schedule/plan.h"
@@ -58,17 +59,27 @@ struct WorkItem {
 struct RowTiles {
   int row_blocks, group, count;
 
-  static __device__ __forceinline__ int Count(int row_blocks, int group) {
-    return (row_blocks + group - 1) / group;
+  static __device__ __forceinline__ int Count(int things, int of_each) {
+    return (things + of_each - 1) / of_each;
   }
 
-  // Small groups where the items are too few for all SMs, else as many as there are warpgroups.
+  // As many slabs as there are warpgroups; where that makes few waves of items, the group that
+  // leaves the SMs idle least. One slab alone takes as long as one and a half: its warpgroup waits
+  // for its own results.
   __device__ __forceinline__ RowTiles(int row_blocks, int most, int num_tiles, int num_sms)
-      : row_blocks(row_blocks), group(0) {
-    do {
-      ++group;
-      count = Count(row_blocks, group);
-    } while (group < most && num_tiles * count > num_sms);
+      : row_blocks(row_blocks), group(most), count(Count(row_blocks, most)) {
+    constexpr int kFewWaves = 3;
+    if (num_tiles * count > kFewWaves * num_sms) return;
+    int best = INT_MAX;
+    for (int g = most; g > 0; --g) {
+      const int waves = Count(num_tiles * Count(row_blocks, g), num_sms);
+      const int time = waves * max(2 * g, 3);
+      if (time < best) {
+        best = time;
+        group = g;
+      }
+    }
+    count = Count(row_blocks, group);
   }
 };
 
