@@ -115,17 +115,12 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const int run = max(kRunSteps / k_blocks, 1), first_item = blockIdx.x * run;
   if (!is_early) ptx::WaitForPrecedingKernels();
   const PlanOfFew few(p.few_pairs);
-  int num_tiles = few.num_tiles;
-  PlannedTile planned{};
-  int guess = -1;
-  if (!is_few) {  // one round trip to memory where there are enough tiles
-    guess = first_item / RowTiles::Count(p.weights.row_blocks, kWarpgroups);
-    if (guess < p.plan.max_tiles) planned = p.plan.tiles[guess];
-    num_tiles = p.plan.head->num_tiles;
-  }
+  const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
   const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
   const int num_items = num_tiles * rows.count;
-  if (const int tile = first_item / rows.count; first_item < num_items && tile != guess) {
+  PlannedTile planned{};
+  if (first_item < num_items) {
+    const int tile = first_item / rows.count;
     planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
   }
   __syncthreads();  // the barriers are there

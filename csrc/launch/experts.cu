@@ -14,8 +14,7 @@ TokenImage TakeImage(Arena& arena, int64_t k_blocks, int64_t rows) {
 }  // namespace
 
 ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena)
-    : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)), rows,
-                    experts.num_experts)),
+    : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)))),
       row_phase(arena.Take<int>(rows)),
       x(TakeImage(arena, experts.w13_k_blocks, rows)),
       h_image(TakeImage(arena, experts.w2_k_blocks, rows)),

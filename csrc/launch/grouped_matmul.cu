@@ -14,8 +14,7 @@ struct Workspace {
 
   Workspace(int64_t num_rows, int64_t k_blocks, int64_t num_experts, void* base)
       : arena(base),
-        plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(num_rows, num_experts)), num_rows,
-                      num_experts)),
+        plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(num_rows, num_experts)))),
         image{arena.Take<uint8_t>(num_rows * k_blocks * 128), arena.Take<float>(num_rows),
               num_rows} {}
 };

@@ -30,21 +30,16 @@ struct Plan {
   int* row_start;  // [E]
   int* size;       // [E]
   PlannedTile* tiles;
-  int max_tiles;
 
   // Each expert has at most one tile that is not full.
-  __host__ __device__ static int MaxTiles(int64_t num_rows, int64_t num_experts) {
-    return static_cast<int>(num_rows / kMinTileTokens +
-                            (num_rows < num_experts ? num_rows : num_experts));
+  static int64_t Bytes(int64_t num_rows, int64_t num_experts) {
+    const int64_t partial = num_rows < num_experts ? num_rows : num_experts;
+    return kTilesAt + (num_rows / kMinTileTokens + partial) * int64_t{sizeof(PlannedTile)};
   }
-  __host__ __device__ static int64_t Bytes(int64_t num_rows, int64_t num_experts) {
-    return kTilesAt + int64_t{MaxTiles(num_rows, num_experts)} * int64_t{sizeof(PlannedTile)};
-  }
-  __host__ __device__ static Plan At(void* workspace, int64_t num_rows, int64_t num_experts) {
-    uint8_t* base = static_cast<uint8_t*>(workspace);
-    int* starts = reinterpret_cast<int*>(base + kStartsAt);
-    return {reinterpret_cast<Head*>(base), starts, starts + kMaxExperts,
-            reinterpret_cast<PlannedTile*>(base + kTilesAt), MaxTiles(num_rows, num_experts)};
+  static Plan At(uint8_t* workspace) {
+    int* starts = reinterpret_cast<int*>(workspace + kStartsAt);
+    return {reinterpret_cast<Head*>(workspace), starts, starts + kMaxExperts,
+            reinterpret_cast<PlannedTile*>(workspace + kTilesAt)};
   }
 
  private:
