@@ -208,8 +208,7 @@ __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile co
     const int live = job.live;
     if (live == kNoMoreJobs) return;
     epilogue.Store(job.first_row, job.slab, live, staging);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::BarrierArrive(drained);
+    ptx::BarrierArrive(drained);
   }
 }
 
@@ -236,8 +235,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::BarrierInit(full + 8 * s, 1);
     ptx::BarrierInit(empty + 8 * s, 4 * kWarpgroups);  // one arrival per warp
     if (s < kWarpgroups) {
-      ptx::BarrierInit(staged_barrier(s), 4);
-      ptx::BarrierInit(drained_barrier(s), 1);
+      ptx::BarrierInit(staged_barrier(s), 128);
+      ptx::BarrierInit(drained_barrier(s), 32);
     }
     ptx::BarrierInitFence();
   }
@@ -274,12 +273,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
   };
   auto release = [&](int used) {
+    __syncwarp();  // all lanes have read
     if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
   };
-  auto hand_over = [&] {
-    __syncwarp();
-    if (thread % 32 == 0) ptx::BarrierArrive(staged_barrier(warpgroup));
-  };
+  auto hand_over = [&] { ptx::BarrierArrive(staged_barrier(warpgroup)); };
   // Of the tiles that this warpgroup has finished, whether they are odd: scales have two places,
   // since a thread may begin the next tile while another still reads this one's.
   uint32_t odd = 0;
