@@ -98,6 +98,20 @@ def test_hostile_routings(shape: tuple[int, int, int, int], kind: str) -> None:
         assert not as_float64(y)[dead].any()
 
 
+@pytest.mark.parametrize("kind", data.ROUTINGS)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_few_pairs_are_planned_alike(shape: tuple[int, int, int, int], kind: str) -> None:
+    """Up to 32 pairs w13's CTAs plan from the ids themselves."""
+    experts = _layer(shape, True)
+    x, ids, weights = _tokens(shape, 129, kind)
+    everything = np.asarray(kernel(x, experts, ids, weights))
+    for first, last in ((0, 1), (1, 3), (3, 13), (13, 24), (24, 40)):
+        rows = slice(first, last)
+        assert_bitwise(kernel(x[rows], experts, ids[rows], weights[rows]), everything[rows])
+    nowhere = jnp.full_like(ids[:3], -1)
+    assert not as_float64(kernel(x[:3], experts, nowhere, weights[:3])).any()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 32, 33])
 def test_most_experts_and_slots(num_tokens: int) -> None:
     """E = 1,024 and k = 32, routed by one block (up to 1,024 pairs) and by several."""
