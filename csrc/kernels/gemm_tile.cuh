@@ -1,0 +1,57 @@
+// The tile of a grouped GEMM: its sizes, and how they divide the shared memory of its CTA.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/limits.h"
+#include "epilogue/tile.cuh"
+#include "formats/mxfp4.cuh"
+#include "schedule/items.cuh"
+
+namespace jax_w4moe {
+
+template <int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
+struct GroupedGemmTile {
+  static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
+  static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = kSubtiles * kMaxWidth;
+  static constexpr int kThreads = 128 * kWarpgroups + 128;
+  static_assert(kTokens >= kMinTileTokens, "the plan has room for that many tiles only");
+  static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
+
+  // Shared memory.
+  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
+  static constexpr int kStagingBytes = kTokens * kStagingRow;
+  static constexpr int kScaleBytes = kTokens * 4;
+  static constexpr int kWeightsAt = kStages * kTokenBytes;
+  static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
+  static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
+  static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
+  // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
+  // the one being finished and the one being announced.
+  static constexpr int kItems = kStages + 2;
+  static constexpr int kItemsAt = kTableAt + Mxfp4::kTableBytes;
+  static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
+  static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
+  static constexpr int kSharedBytes = kBarriersAt + 16 * (kStages + kWarpgroups);
+  static_assert(kItemsAt % 16 == 0, "items are aligned");
+  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
+
+  // Sub-tiles are compiled for multiples of 8 tokens; two of them have enough to do from 32 on.
+  static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
+  // Calls f with such a width as a constant.
+  template <int kWidth = kMinWidth, typename F>
+  static __device__ __forceinline__ void WithWidth(int width, F&& f) {
+    if (width == kWidth) {
+      f(std::integral_constant<int, kWidth>{});
+    } else if constexpr (kWidth < kMaxWidth) {
+      WithWidth<kWidth + 8>(width, f);
+    }
+  }
+};
+
+}  // namespace jax_w4moe

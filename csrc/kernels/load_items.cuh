@@ -1,0 +1,148 @@
+// The producer warp of the grouped GEMM: takes items, streams their records and token tiles through
+// the ring of stages.
+#pragma once
+
+#include <cstdint>
+
+#include "common/limits.h"
+#include "ptx/sm90.cuh"
+#include "schedule/items.cuh"
+
+namespace jax_w4moe {
+
+// Packed weights of all experts: [E, row_blocks, k_blocks, kRecordBytes].
+struct Records {
+  const uint8_t* data;
+  int row_blocks;
+  int k_blocks;
+
+  __device__ __forceinline__ int64_t SlabBytes() const { return int64_t{k_blocks} * kRecordBytes; }
+  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab) const {
+    return data + (int64_t{expert} * row_blocks + slab) * SlabBytes();
+  }
+};
+
+struct GroupedGemmParams {
+  Records weights;
+  const uint8_t* image;    // token image, [k_blocks][image_rows][128]
+  const float* row_scale;  // [image_rows]
+  Plan plan;
+  int64_t image_rows;
+  int ticket;          // which of the plan's
+  bool plan_is_old;    // the plan was complete before the preceding kernel began
+  FewPairs few_pairs;  // what the plan is made from, complete as well; or none
+};
+
+inline constexpr int kNoMoreItems = -1;  // as an item's width
+
+__device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& item) {
+  to.expert = item.expert;
+  to.first_slab = item.first_slab;
+  to.slabs = item.slabs;
+  to.first_row = item.first_row;
+  to.live = item.live;
+  to.width = item.width;
+}
+
+inline constexpr int kRunSteps = 8;  // K128 of a run of items, about
+
+// The producer warp: one lane per copy of a stage. Before the preceding kernel has written the
+// tokens, the weights of the first stages can be on their way.
+template <typename Tile>
+__device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t shared,
+                                          volatile WorkItem* items) {
+  constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
+  const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
+  const int lane = threadIdx.x % 32;
+  const bool is_few = p.few_pairs.num_pairs > 0, is_early = p.plan_is_old || is_few;
+  const int k_blocks = p.weights.k_blocks;
+  // A ticket is for a run of items, of several where they are short, and asked for a run ahead: the
+  // answer takes as long as several K128.
+  const int run = max(kRunSteps / k_blocks, 1), first_item = blockIdx.x * run;
+  if (!is_early) ptx::WaitForPrecedingKernels();
+  const PlanOfFew few(p.few_pairs);
+  const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
+  const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
+  const int num_items = num_tiles * rows.count;
+  PlannedTile planned{};
+  if (first_item < num_items) {
+    const int tile = first_item / rows.count;
+    planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
+  }
+  __syncthreads();  // the barriers are there
+
+  const bool is_tokens = lane == kWarpgroups;
+  const uint32_t to = shared + (is_tokens ? 0 : Tile::kWeightsAt + lane * kRecordBytes);
+  const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
+  const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
+  const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
+  // Tokens are copied after the early weights; those of few pairs are there soon.
+  int early = is_early ? min(k_blocks, is_few ? 3 : kStages) : 0;
+  int stage = 0, slot = 0, ticket = 0;
+  uint32_t parity = 1;
+  for (int i = first_item; i < num_items;) {
+    const WorkItem item = ItemAt<Tile>(planned, rows, i);
+    const bool copies = is_tokens || lane < item.slabs;
+    const uint8_t* from = is_tokens ? p.image + item.first_row * 128
+                                    : p.weights.Slab(item.expert, item.first_slab + lane);
+    const uint32_t tile_bytes = item.live * 128;
+    const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
+    auto expect = [&](int k) {
+      if (lane == 0) {
+        if (k == 0) Announce(items[slot], item);
+        ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + item.slabs * kRecordBytes);
+      }
+      __syncwarp();
+    };
+    auto copy = [&] {
+      ptx::BulkCopy(to + stage * stage_bytes, from, bytes, full + 8 * stage, policy);
+      from += k_step;
+    };
+    auto advance = [&] {
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    };
+    if (early > 0) {
+      for (stage = 0; stage < early; ++stage) {
+        expect(stage);
+        if (copies && !is_tokens) copy();
+      }
+      ptx::WaitForPrecedingKernels();
+      for (stage = 0; stage < early; ++stage) {
+        if (is_tokens) copy();
+      }
+      --stage;
+      advance();
+    }
+    // Not before the wait: dependents take for granted what the preceding kernels wrote.
+    ptx::LaunchDependents();
+    if (i % run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
+    int next = i + 1;
+    auto take_next = [&] {
+      if (next % run == 0) next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
+      if (next < num_items) planned = p.plan.tiles[next / rows.count];
+    };
+    if (run > 1) take_next();
+    for (int k = early; k < k_blocks; ++k) {
+      ptx::BarrierWait(empty + 8 * stage, parity);
+      expect(k);
+      if (copies) copy();
+      advance();
+    }
+    early = 0;
+    slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
+    if (run == 1) take_next();
+    i = next;
+  }
+  ptx::WaitForPrecedingKernels();  // also where there was no item
+  ptx::LaunchDependents();
+  ptx::BarrierWait(empty + 8 * stage, parity);
+  if (lane == 0) {
+    Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
+    ptx::BarrierArrive(full + 8 * stage);
+  }
+}
+
+}  // namespace jax_w4moe
