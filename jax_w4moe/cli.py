@@ -91,6 +91,9 @@ def bench(
     host: Annotated[
         bool, typer.Option("--host", help="Only the host's cost of dispatching a call.")
     ] = False,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Only 40 layers in one program, per layer.")
+    ] = False,
 ) -> None:
     """Times MoE layers against their floor and other libraries. Options may be repeated."""
     from jax_w4moe.bench import command
@@ -98,6 +101,9 @@ def bench(
     try:
         if host:
             command.host(shape or ())
+            return
+        if stack:
+            command.stack(shape or ("flash",), tokens or ())
             return
         unchanged = command.run(
             shapes=shape or (),

@@ -9,6 +9,7 @@ from rich.progress import track
 
 from jax_w4moe import _ffi, tuning
 from jax_w4moe.bench import backends, machine, report
+from jax_w4moe.bench import stack as stacks
 from jax_w4moe.bench.host import dispatch_us
 from jax_w4moe.bench.layers import ROUTINGS
 from jax_w4moe.bench.shapes import NUM_TOKENS, SHAPES, TINY, Shape
@@ -114,6 +115,22 @@ def host(shapes: Sequence[str] = (), console: Console | None = None) -> None:
             f" waiting for it ({addition_us:.1f} us for x + 1).",
             soft_wrap=True,
         )
+
+
+def stack(
+    shapes: Sequence[str], num_tokens: Sequence[int] = (), console: Console | None = None
+) -> None:
+    """Measures and prints what a layer takes among many in one program."""
+    console = console or Console()
+    for shape in named_shapes(shapes):
+        gigabytes = stacks.weight_bytes(shape) / 1e9
+        for count in num_tokens or stacks.NUM_TOKENS:
+            each_us, alone_us = stacks.layer_us(shape, count)
+            console.print(
+                f"{shape.name}, T = {count}: {each_us:.1f} us per layer in a program of"
+                f" {stacks.LAYERS} layers over {gigabytes:.1f} GB of weights, {alone_us:.1f} us by itself.",
+                soft_wrap=True,
+            )
 
 
 def named_shapes(names: Sequence[str]) -> list[Shape]:

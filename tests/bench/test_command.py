@@ -11,8 +11,8 @@ import jax
 import pytest
 from typer.testing import CliRunner, Result
 
-from jax_w4moe import _ffi, implementation
-from jax_w4moe.bench import backends, host, layers, machine, report, sweep
+from jax_w4moe import _ffi, implementation, timing
+from jax_w4moe.bench import backends, host, layers, machine, report, stack, sweep
 from jax_w4moe.cli import app
 from jax_w4moe.tuning import choice, recording, winners
 
@@ -130,6 +130,16 @@ def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     result = bench("--host")
     assert result.exit_code == 0, result.output
     assert "us to dispatch a jitted fused_moe at T = 1, without waiting" in result.output
+
+
+def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "LAYERS", 3)
+    monkeypatch.setattr(stack, "SETS", 2)
+    monkeypatch.setattr(timing, "SECONDS", 1e-4)
+    result = bench("--stack", "--tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert "tiny, T = 2: " in result.output
+    assert "us per layer in a program of 3 layers over 0.0 GB of weights" in result.output
 
 
 @pytest.mark.parametrize(
