@@ -128,7 +128,8 @@ def stack(
             each_us, alone_us = stacks.layer_us(shape, count)
             console.print(
                 f"{shape.name}, T = {count}: {each_us:.1f} us per layer in a program of"
-                f" {stacks.LAYERS} layers over {gigabytes:.1f} GB of weights, {alone_us:.1f} us by itself.",
+                f" {stacks.LAYERS} layers over {gigabytes:.1f} GB of weights,"
+                f" {alone_us:.1f} us by itself.",
                 soft_wrap=True,
             )
 
