@@ -166,6 +166,29 @@ def test_a_hundred_repeats_beside_a_tenant(
             assert_bitwise(one, other)
 
 
+def test_a_thousand_replays_beside_a_tenant(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """CUDA graphs of three layers are replayed while another stream holds 1 to 64 SMs."""
+    library = sm_holder.load(tmp_path_factory.mktemp("sm_holder"))
+    experts = _layer(SMALL[0], False)
+    calls = [_tokens(SMALL[0], num_tokens) for num_tokens in (1, 65, 2049)]
+
+    @jax.jit
+    def step(calls: list[tuple[jax.Array, ...]], experts: w4.PackedExperts) -> list[jax.Array]:
+        return [kernel(x, experts, ids, weights) for x, ids, weights in calls]
+
+    for _ in range(5):
+        expected = jax.block_until_ready(step(calls, experts))
+    recorded = _ffi.call_count("fused_moe")
+    for num_sms in range(1, 65):
+        with sm_holder.held(library, num_sms):
+            for _ in range(16):
+                actual = step(calls, experts)
+            jax.block_until_ready(actual)
+        for one, other in zip(actual, expected, strict=True):
+            assert_bitwise(one, other)
+    assert _ffi.call_count("fused_moe") == recorded
+
+
 @pytest.mark.parametrize("num_tokens", [1, 9, 700])
 def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
     """Zeros, then NaN in every byte of E4M3, bf16 and f32; indices out of all bounds."""

@@ -1,7 +1,7 @@
 """Many layers in one program, as a decoding step has them, against one layer by itself.
 
-The layers take turns on several sets of weights, far more than any cache holds, and on routings. The
-calls are independent; XLA runs them one after the other.
+The layers take turns on several sets of weights, far more than any cache holds, and on routings.
+The calls are independent; XLA runs them one after the other.
 """
 
 import statistics
