@@ -146,34 +146,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       auto load_second = [&](uint32_t (&fragments)[4][4]) {
         Mxfp4::LoadPlane<1>(record_at(stage), thread, tables, fragments);
       };
-      auto multiply = [&](int at, int n, float (&products)[kWidth / 2],
-                          const uint32_t (&fragments)[4][4]) {
-        MultiplyK128<kWidth>(products, fragments,
-                             first_tile + (at * Tile::kTokens + n * kWidth) * kDescriptorToken);
-      };
+      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
       // Nothing is read from shared memory between a product's end and the next one's issue: beside
       // WGMMA's own reads that takes long.
-      auto add = [&](float (&sum)[kWidth / 2], const float (&products)[kWidth / 2],
-                     const float (&scale)[2]) {
-#pragma unroll
-        for (int j = 0; j < kWidth / 2; ++j) {
-          sum[j] = fmaf(products[j], scale[j / 2 % 2], sum[j]);
-        }
-      };
-      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
       auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
         const int used = stage;
         float scale[2];
         advance();
 #pragma unroll
         for (int n = 0; n < kSubtiles; ++n) {
-          multiply(used, n, partial, now);
+          MultiplyK128<kWidth>(partial, now,
+                               first_tile + (used * Tile::kTokens + n * kWidth) * kDescriptorToken);
           if (n == 0) Mxfp4::LoadScale(record_at(used), thread, scale);
           if (n == 0 && more) load_first(next);
           if (n + 1 == kSubtiles && more) load_second(next);
-          WaitForProducts<0>(partial);
+          WaitForProducts(partial);
           if (n + 1 == kSubtiles) release(used);
-          add(acc[n], partial, scale);
+#pragma unroll
+          for (int j = 0; j < kWidth / 2; ++j) {
+            acc[n][j] = fmaf(partial[j], scale[j / 2 % 2], acc[n][j]);
+          }
         }
       };
       load_first(a[0]);

@@ -16,9 +16,8 @@ struct Records {
   int row_blocks;
   int k_blocks;
 
-  __device__ __forceinline__ int64_t SlabBytes() const { return int64_t{k_blocks} * kRecordBytes; }
   __device__ __forceinline__ const uint8_t* Slab(int expert, int slab) const {
-    return data + (int64_t{expert} * row_blocks + slab) * SlabBytes();
+    return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * kRecordBytes);
   }
 };
 

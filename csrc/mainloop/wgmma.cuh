@@ -61,10 +61,10 @@ __device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint
   cute::warpgroup_commit_batch();
 }
 
-// Waits for all products but the last kInFlight; from here on the compiler may read `partial`.
-template <int kInFlight, int N>
+// Waits for all products; from here on the compiler may read `partial`.
+template <int N>
 __device__ __forceinline__ void WaitForProducts(float (&partial)[N]) {
-  cute::warpgroup_wait<kInFlight>();
+  cute::warpgroup_wait<0>();
 #pragma unroll
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(partial[i]);
 }

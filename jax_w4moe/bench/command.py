@@ -123,12 +123,11 @@ def stack(
     """Measures and prints what a layer takes among many in one program."""
     console = console or Console()
     for shape in named_shapes(shapes):
-        gigabytes = stacks.weight_bytes(shape) / 1e9
         for count in num_tokens or stacks.NUM_TOKENS:
-            each_us, alone_us = stacks.layer_us(shape, count)
+            each_us, alone_us, nbytes = stacks.layer_us(shape, count)
             console.print(
                 f"{shape.name}, T = {count}: {each_us:.1f} us per layer in a program of"
-                f" {stacks.LAYERS} layers over {gigabytes:.1f} GB of weights,"
+                f" {stacks.LAYERS} layers over {nbytes / 1e9:.1f} GB of weights,"
                 f" {alone_us:.1f} us by itself.",
                 soft_wrap=True,
             )

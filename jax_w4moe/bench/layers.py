@@ -18,6 +18,7 @@ from jax_w4moe import roofline
 from jax_w4moe.bench.shapes import Shape
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4
 from jax_w4moe.formats.layout import BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
+from jax_w4moe.moe import fused_moe
 from jax_w4moe.types import PackedExperts, PackedTensor, RowOrder
 
 ROUTINGS = ("balanced", "zipf", "one")
@@ -34,6 +35,11 @@ class Call(NamedTuple):
     x: jax.Array
     topk_ids: jax.Array
     topk_weights: jax.Array
+
+
+def layer(call: Call, experts: PackedExperts) -> jax.Array:
+    """What is measured."""
+    return fused_moe(call.x, experts, call.topk_ids, call.topk_weights)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -12,9 +12,8 @@ import numpy as np
 
 from jax_w4moe import roofline
 from jax_w4moe.bench import machine
-from jax_w4moe.bench.layers import Call, calls, random_experts
+from jax_w4moe.bench.layers import Call, calls, layer, random_experts
 from jax_w4moe.bench.shapes import Shape
-from jax_w4moe.moe import fused_moe
 from jax_w4moe.timing import CALLS, REPEATS, Program
 from jax_w4moe.types import PackedExperts
 
@@ -92,7 +91,7 @@ def sweep(
             for count in num_tokens:
                 rotating = calls(experts, routing, count, shape)
                 if tune:
-                    jax.block_until_ready(_fused_moe(rotating[0], experts))
+                    jax.block_until_ready(layer(rotating[0], experts))
                 others: dict[str, float | None] = {}
                 for name, (backend, weights) in prepared.items():
                     # What another library cannot run must not end the run.
@@ -114,7 +113,7 @@ def _row(
     others: dict[str, float | None],
     burst: bool,
 ) -> Row:
-    program = _program(_fused_moe, rotating, experts)
+    program = _program(layer, rotating, experts)
     times = _times_us(program, burst)
     if burst:
         time.sleep(PAUSE_S)
@@ -153,10 +152,6 @@ def _times_us(program: Program, burst: bool) -> list[float]:
     if burst:
         return program.times_us(repeats=BURSTS, pause_s=PAUSE_S)
     return program.times_us(repeats=REPEATS)
-
-
-def _fused_moe(call: Call, experts: PackedExperts) -> jax.Array:
-    return fused_moe(call.x, experts, call.topk_ids, call.topk_weights)
 
 
 def _op(backend: ModuleType) -> Callable[..., jax.Array]:
