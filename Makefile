@@ -61,12 +61,14 @@ gpu-test-on: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-gpu-test
 	@$(REQUIRE_GPU)
 	$(PY) -m pytest -q -m gpu tests
 
+SANITIZE = compute-sanitizer --kernel-name kernel_substring=jax_w4moe --error-exitcode 1
 sanitize: $(INSTALLED) $(STAMPS)/extra-test
 	@$(REQUIRE_GPU)
-	for tool in memcheck initcheck racecheck; do \
-	  PYTHONPATH=. compute-sanitizer --tool $$tool --kernel-name kernel_substring=jax_w4moe \
-	    --error-exitcode 1 $(PY) -m tests.helpers.small_layers || exit 1; \
+	for tool in memcheck initcheck; do \
+	  PYTHONPATH=. $(SANITIZE) --tool $$tool $(PY) -m tests.helpers.small_layers || exit 1; \
 	done
+	NVCC_APPEND_FLAGS=-DJAX_W4MOE_RACECHECK $(PIP) install --no-deps --upgrade --target build/racecheck .
+	PYTHONPATH=build/racecheck:. $(SANITIZE) --tool racecheck $(PY) -m tests.helpers.small_layers
 
 bench:
 	$(MAKE) JAX_W4MOE_CUDA=ON bench-on

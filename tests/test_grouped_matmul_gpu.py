@@ -105,7 +105,7 @@ def test_against_the_mirrored_reference(
 
 def test_every_tile_and_width_gives_the_same_bits(rng: np.random.Generator) -> None:
     """Groups of every width that a tile is cut to, and of several tiles."""
-    counts = [*range(1, 64, 5), 64, 65, 0, 95, 96, 97, 129, 200, 240, 241, 481]
+    counts = [*range(1, 64, 5), 64, 65, 0, 95, 96, 97, 129, 200, 240, 241, 288, 289, 577]
     rhs = w4.pack(data.quantized(rng, (len(counts), 320, 1152)))
     sizes = jnp.asarray(counts, jnp.int32)
     lhs = data.tokens(rng, sum(counts), 1152)

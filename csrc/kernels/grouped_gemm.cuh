@@ -20,6 +20,14 @@
 
 namespace jax_w4moe {
 
+// Lanes of a warp that say it has read a stage. One is enough after __syncwarp, and fastest; but
+// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
+#ifdef JAX_W4MOE_RACECHECK
+inline constexpr int kReleasingLanes = 32;
+#else
+inline constexpr int kReleasingLanes = 1;
+#endif
+
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
 // A warp that stores what its warpgroup stages.
@@ -56,7 +64,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   if (const int s = threadIdx.x; s < kStages) {
     ptx::BarrierInit(full + 8 * s, 1);
-    ptx::BarrierInit(empty + 8 * s, 4 * kWarpgroups);  // one arrival per warp
+    ptx::BarrierInit(empty + 8 * s, 4 * kReleasingLanes * kWarpgroups);
     if (s < kWarpgroups) {
       ptx::BarrierInit(staged_barrier(s), 128);
       ptx::BarrierInit(drained_barrier(s), 32);
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   };
   auto release = [&](int used) {
     __syncwarp();  // all lanes have read
-    if (thread % 32 == 0) ptx::BarrierArrive(empty + 8 * used);
+    if (thread % 32 < kReleasingLanes) ptx::BarrierArrive(empty + 8 * used);
   };
   auto hand_over = [&] { ptx::BarrierArrive(staged_barrier(warpgroup)); };
   // Of the tiles that this warpgroup has finished, whether they are odd: scales have two places,

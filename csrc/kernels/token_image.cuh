@@ -24,31 +24,38 @@ __device__ __forceinline__ int ChunkK(int chunk, int t) {
 }
 
 // --- sources: rows of `width` values, a multiple of 32 ---
+//
+// Load: what a chunk of the image is made from. AbsMax: its part of Finish's amax_bits. Finish:
+// what chunks are multiplied by, and the row's scale.
 
 // bf16, quantised by the rule of quantize_fp8.
 struct Bf16Rows {
   const __nv_bfloat16* x;
   int width;
 
-  // Returns what chunks are multiplied by, and sets the row's scale.
-  __device__ __forceinline__ float Begin(int64_t row, float& scale) const {
-    const uint4* vectors = reinterpret_cast<const uint4*>(x + row * width);
-    uint32_t amax_bits = 0;
-    for (int v = threadIdx.x; v < width / 8; v += kImageThreads) {
-      amax_bits = max(amax_bits, AbsMaxBits(vectors[v]));
-    }
-    return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
-  }
-  __device__ __forceinline__ uint4 Chunk(int64_t row, int chunk, float inv_scale) const {
-    uint32_t words[4] = {0, 0, 0, 0};
+  struct Raw {
+    uint2 fours[4];
+  };
+  __device__ __forceinline__ Raw Load(int64_t row, int chunk) const {
+    Raw raw;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int k = ChunkK(chunk, t);
-      if (k >= width) continue;
-      const uint2 four = *reinterpret_cast<const uint2*>(x + row * width + k);
-      words[t] = Quantize(four, inv_scale);
+      raw.fours[t] = k < width ? *reinterpret_cast<const uint2*>(x + row * width + k) : uint2{0, 0};
     }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return raw;
+  }
+  static __device__ __forceinline__ uint32_t AbsMax(const Raw& raw) {
+    const uint2(&f)[4] = raw.fours;
+    return max(AbsMaxBits(make_uint4(f[0].x, f[0].y, f[1].x, f[1].y)),
+               AbsMaxBits(make_uint4(f[2].x, f[2].y, f[3].x, f[3].y)));
+  }
+  __device__ __forceinline__ float Finish(int64_t, uint32_t amax_bits, float& scale) const {
+    return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
+  }
+  static __device__ __forceinline__ uint4 Chunk(const Raw& raw, float inv_scale) {
+    return make_uint4(Quantize(raw.fours[0], inv_scale), Quantize(raw.fours[1], inv_scale),
+                      Quantize(raw.fours[2], inv_scale), Quantize(raw.fours[3], inv_scale));
   }
 };
 
@@ -58,19 +65,22 @@ struct Fp8Rows {
   const float* x_scale;
   int width;
 
-  __device__ __forceinline__ float Begin(int64_t row, float& scale) const {
-    scale = x_scale[row];
-    return 1.0f;
-  }
-  __device__ __forceinline__ uint4 Chunk(int64_t row, int chunk, float) const {
+  using Raw = uint4;
+  __device__ __forceinline__ Raw Load(int64_t row, int chunk) const {
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int k = ChunkK(chunk, t);
-      if (k < width) words[t] = __ldg(reinterpret_cast<const uint32_t*>(x + row * width + k));
+      if (k < width) words[t] = *reinterpret_cast<const uint32_t*>(x + row * width + k);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
+  static __device__ __forceinline__ uint32_t AbsMax(const Raw&) { return 0; }
+  __device__ __forceinline__ float Finish(int64_t row, uint32_t, float& scale) const {
+    scale = x_scale[row];
+    return 1.0f;
+  }
+  static __device__ __forceinline__ uint4 Chunk(const Raw& raw, float) { return raw; }
 };
 
 // --- placements ---
@@ -101,8 +111,9 @@ struct PlaceByCounting {
   };
 
   __device__ __forceinline__ int Count() const { return top_k; }
+  __device__ __forceinline__ bool HasRow(int token) const { return token * top_k < num_pairs; }
   __device__ __forceinline__ bool Begin(Shared& shared, int token) const {
-    if (token * top_k >= num_pairs) {
+    if (!HasRow(token)) {
       BuildPlan(shared);
       return false;
     }
@@ -159,6 +170,7 @@ struct PlaceByTable {
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return top_k; }
+  __device__ __forceinline__ bool HasRow(int) const { return true; }
   __device__ __forceinline__ bool Begin(Shared&, int token) const {
     if (threadIdx.x < top_k) {
       const Place place = places[token * top_k + threadIdx.x];
@@ -179,7 +191,8 @@ struct PlaceInPlace {
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return 1; }
-  __device__ __forceinline__ bool Begin(Shared&, int row) const { return row_phase[row] >= 0; }
+  __device__ __forceinline__ bool HasRow(int row) const { return row_phase[row] >= 0; }
+  __device__ __forceinline__ bool Begin(Shared&, int row) const { return HasRow(row); }
   __device__ __forceinline__ Place At(const Shared&, int row, int) const {
     return {row, row_phase[row]};
   }
@@ -201,6 +214,7 @@ struct PlaceByGroup {
   };
 
   __device__ __forceinline__ int Count() const { return 1; }
+  __device__ __forceinline__ bool HasRow(int) const { return true; }
   __device__ __forceinline__ bool Begin(Shared& shared, int row) const {
     int expert;
     if (rows_per_expert) {
@@ -236,29 +250,53 @@ struct PlaceByGroup {
   }
 };
 
+inline constexpr int kKeptChunks = 2;  // of a thread: rows of up to 4,096 values are read once
+
 // One block per row of the source.
 template <typename Source, typename Placement>
 __global__ void __launch_bounds__(kImageThreads)
     WriteTokenImage(Source source, Placement placement, TokenImage image) {
   __shared__ typename Placement::Shared shared;
-  const int row = blockIdx.x;
+  const int row = blockIdx.x, chunks = (source.width + 127) / 128 * 8;
   if constexpr (Placement::kLaunchFirst) ptx::LaunchDependents();
   ptx::WaitForPrecedingKernels();
   if constexpr (!Placement::kLaunchFirst) ptx::LaunchDependents();
+  typename Source::Raw kept[kKeptChunks]{};
+  if (placement.HasRow(row)) {  // before it is known where to: loads take time
+#pragma unroll
+    for (int i = 0; i < kKeptChunks; ++i) {
+      const int chunk = threadIdx.x + i * kImageThreads;
+      if (chunk < chunks) kept[i] = source.Load(row, chunk);
+    }
+  }
   if (!placement.Begin(shared, row)) return;
+  uint32_t amax_bits = 0;
+#pragma unroll
+  for (int i = 0; i < kKeptChunks; ++i) amax_bits = max(amax_bits, Source::AbsMax(kept[i]));
+  constexpr int kKept = kKeptChunks * kImageThreads;
+  for (int chunk = threadIdx.x + kKept; chunk < chunks; chunk += kImageThreads) {
+    amax_bits = max(amax_bits, Source::AbsMax(source.Load(row, chunk)));
+  }
   float scale;
-  const float inv_scale = source.Begin(row, scale);
+  const float inv_scale = source.Finish(row, amax_bits, scale);
   if (threadIdx.x < placement.Count()) {
     const Place place = placement.At(shared, row, threadIdx.x);
     if (place.phase >= 0) image.row_scale[place.row] = scale;
   }
-  const int chunks = (source.width + 127) / 128 * 8;
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += kImageThreads) {
-    const uint4 value = source.Chunk(row, chunk, inv_scale);
+  auto write = [&](int chunk, const typename Source::Raw& raw) {
+    const uint4 value = Source::Chunk(raw, inv_scale);
     for (int slot = 0; slot < placement.Count(); ++slot) {
       const Place place = placement.At(shared, row, slot);
       if (place.phase >= 0) image.Write(place, chunk, value);
     }
+  };
+#pragma unroll
+  for (int i = 0; i < kKeptChunks; ++i) {
+    const int chunk = threadIdx.x + i * kImageThreads;
+    if (chunk < chunks) write(chunk, kept[i]);
+  }
+  for (int chunk = threadIdx.x + kKept; chunk < chunks; chunk += kImageThreads) {
+    write(chunk, source.Load(row, chunk));
   }
 }
 

@@ -2,7 +2,7 @@
 
 from jax_w4moe.formats.layout import round_up
 
-TILE_TOKENS = (64, 96, 240)
+TILE_TOKENS = (64, 96, 128, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
 

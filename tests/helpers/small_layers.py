@@ -1,4 +1,4 @@
-"""``python -m tests.helpers.small_layers``: every op with kernels on two small layers.
+"""``python -m tests.helpers.small_layers``: every op with every tile on two small layers.
 
 For compute-sanitizer: all operands come from the host, so that initcheck, which watches our kernels
 only, knows what is written.
@@ -37,20 +37,16 @@ def _run(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
         masked = data.tokens(rng, num_experts, 12, hidden)
         sizes = jnp.asarray([7, 0, 30, 9, 1][:num_experts], jnp.int32)
     experts, calls, rows, masked, sizes = _to_gpu((on_host, calls, rows, masked, sizes))
-    for x, ids, weights in calls:
-        np.asarray(w4.fused_moe(x, experts, ids, weights, implementation="cuda_sm90"))
-    for array in (rows, masked):
-        np.asarray(w4.expert_mlp(array, experts, sizes, implementation="cuda_sm90"))
-    for dtype in (jnp.float32, jnp.bfloat16):
-        np.asarray(
-            w4.grouped_matmul(
-                rows,
-                experts.w13,
-                sizes,
-                preferred_element_type=dtype,
-                implementation="cuda_sm90",
+    for tactic in w4.tactics(w4.Problem.of_layer("fused_moe", experts, 1)):
+        how = {"tactic": tactic, "implementation": "cuda_sm90"}
+        for x, ids, weights in calls:
+            np.asarray(w4.fused_moe(x, experts, ids, weights, **how))
+        for array in (rows, masked):
+            np.asarray(w4.expert_mlp(array, experts, sizes, **how))
+        for dtype in (jnp.float32, jnp.bfloat16):
+            np.asarray(
+                w4.grouped_matmul(rows, experts.w13, sizes, preferred_element_type=dtype, **how)
             )
-        )
 
 
 if __name__ == "__main__":

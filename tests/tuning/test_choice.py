@@ -22,7 +22,7 @@ from tests.helpers.compare import assert_bitwise
 H, I, E, K = 64, 32, 4, 2  # noqa: E741
 DEVICE = "NVIDIA H200"
 T = 8
-FLASH = w4.Problem("fused_moe", 4096, 2048, 256, 6 * 64)
+FLASH = w4.Problem("fused_moe", 4096, 2048, 256, 6 * 3)  # not in any table
 SMALL, LARGE = (w4.Tactic(pick(tiles.TILE_TOKENS)) for pick in (min, max))
 
 
