@@ -19,6 +19,7 @@ from jax_w4moe.packing import (
 )
 from jax_w4moe.quantization import PerToken
 from jax_w4moe.routing import topk_routing
+from jax_w4moe.sharding import expert_specs, shard_experts
 from jax_w4moe.tuning import Problem, Tactic, autotune, load_tactics, tactics
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
 
@@ -39,6 +40,7 @@ __all__ = [
     "checkpoint",
     "dequantize_experts",
     "expert_mlp",
+    "expert_specs",
     "explain",
     "flax",
     "fused_moe",
@@ -50,6 +52,7 @@ __all__ = [
     "quantize_experts",
     "quantize_fp8",
     "reference",
+    "shard_experts",
     "tactics",
     "topk_routing",
     "unpack",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
-from jax_w4moe.formats.layout import BLOCK_ROWS, RECORD_BYTES, record_grid
+from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, RECORD_BYTES, record_grid
 from jax_w4moe.quantization import PerToken
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
 
@@ -171,8 +171,31 @@ def packed(name: str, tensor: PackedTensor) -> None:
         f"{name}.data",
         tensor.data,
         (num_experts, *record_grid(rows, columns, halves), RECORD_BYTES),
-        f"E={num_experts}, N={rows}, K={columns} on one device; call pack() again",
+        f"E={num_experts}, N={rows}, K={columns} as packed; name expert_axis or tensor_axis for"
+        " weights that are spread over devices",
     )
+
+
+def packed_shards(experts: PackedExperts) -> None:
+    """Checks packed experts that may be a part of all, or padded for a mesh: that they fit."""
+    if not isinstance(experts, PackedExperts):
+        raise TypeError(
+            f"experts: got {type(experts).__name__}, need PackedExperts; call pack_experts()."
+        )
+    for name, tensor in (("w13", experts.w13), ("w2", experts.w2)):
+        layout_version(f"experts.{name}", tensor.layout_version)
+        _array(f"experts.{name}.data", tensor.data, 4, "u8[E, row_blocks, K_blocks, record]")
+    held, blocks = experts.w13.data.shape[0], experts.w2.data.shape[2]
+    hidden_blocks = record_grid(experts.hidden_size, experts.hidden_size)
+    w13 = (held, 2 * blocks * BLOCK_K // BLOCK_ROWS, hidden_blocks[1], RECORD_BYTES)
+    w2 = (held, hidden_blocks[0], blocks, RECORD_BYTES)
+    why = f"{held} experts and {blocks} blocks of I; spread both projections alike"
+    _shape("experts.w13.data", experts.w13.data, w13, why)
+    _shape("experts.w2.data", experts.w2.data, w2, why)
+    if experts.w13_bias is not None:
+        _shape("experts.w13_bias", experts.w13_bias, (*w13[:2], BLOCK_ROWS), why)
+    if experts.w2_bias is not None:
+        _shape("experts.w2_bias", experts.w2_bias, (held, experts.hidden_size), why)
 
 
 def packed_experts(experts: PackedExperts) -> None:
@@ -306,15 +329,6 @@ def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
         raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use jnp.float8_e4m3fn or jnp.bfloat16.")
     if not isinstance(act_scale, PerToken):
         raise NotImplementedError(f"act_scale={act_scale!r}: only PerToken() exists.")
-
-
-def unsharded(**arguments: Any) -> None:
-    """Refuses the arguments that only make sense on several devices."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name}={value!r}: this version runs on one device; leave {name} out."
-            )
 
 
 def layer_sizes(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:

@@ -94,6 +94,9 @@ def bench(
     stack: Annotated[
         bool, typer.Option("--stack", help="Only 40 layers in one program, per layer.")
     ] = False,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Only a layer over all devices, EP and TP.")
+    ] = False,
 ) -> None:
     """Times MoE layers against their floor and other libraries. Options may be repeated."""
     from jax_w4moe.bench import command
@@ -104,6 +107,9 @@ def bench(
             return
         if stack:
             command.stack(shape or ("flash",), tokens or ())
+            return
+        if spread:
+            command.spread(shape or ("flash",), tokens or ())
             return
         unchanged = command.run(
             shapes=shape or (),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jax_w4moe import _ffi
+from jax_w4moe import _ffi, varying
 
 Choice = Literal["xla", "cuda_sm90", "both"]
 
@@ -59,6 +59,7 @@ def choose(op: str, requested: str | None, act_dtype: Any = jnp.float8_e4m3fn) -
 
 def run(choice: Choice, cuda: Any, xla: Any, *operands: Any) -> Any:
     """Calls the chosen one of two functions of the same operands and results."""
+    operands = varying.alike(operands)
     if choice == "xla":
         return xla(*operands)
     if choice == "cuda_sm90":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jax_w4moe import checks, reference, tuning
+from jax_w4moe import checks, reference, sharding, tuning, varying
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
@@ -16,6 +16,7 @@ from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import PerToken, quantize_per_token
+from jax_w4moe.sharding import Tokens
 from jax_w4moe.transforms import transformable
 from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts, PackedTensor
@@ -63,7 +64,15 @@ def fused_moe(
         jnp.bfloat16 (no quantisation).
       act_scale: the rule of the FP8 scales.
       x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``.
-      expert_axis, tensor_axis, token_axes, mesh, exchange: several devices; not in this version.
+      expert_axis: the mesh axis that experts are spread over (:func:`jax_w4moe.shard_experts`).
+      tensor_axis: the mesh axis that the intermediate size is spread over.
+      token_axes: mesh axes that tokens are spread over, in this order; with neither data nor types
+        that say so, None means none. They may contain the two above. Inside the caller's own
+        shard_map, where arrays are this device's parts, None means what their types say.
+      mesh: of these axes; None takes that of the context, else of the weights.
+      exchange: "partial_sums" (one row per token and device is exchanged, and summed in f32 in the
+        order of the devices) or "slot_rows" (one per token and slot, combined at home; with
+        expert_axis alone bitwise what one device gives). None is "partial_sums".
       implementation: None (the kernels on a Hopper GPU, XLA elsewhere), "xla" or "cuda_sm90"; a
         forced one never falls back.
       tactic: how the kernels go about it (:func:`jax_w4moe.tactics`); None chooses by what was
@@ -78,22 +87,28 @@ def fused_moe(
       NotImplementedError: a legal request that this version does not run.
       RuntimeError: the kernels cannot run here.
     """
-    checks.unsharded(
-        expert_axis=expert_axis,
-        tensor_axis=tensor_axis,
-        token_axes=token_axes,
-        mesh=mesh,
-        exchange=exchange,
-    )
     checks.options(activation, act_dtype, act_scale)
-    checks.packed_experts(experts)
+    axes = {
+        "expert_axis": expert_axis,
+        "tensor_axis": tensor_axis,
+        "token_axes": token_axes,
+        "exchange": exchange,
+        "mesh": mesh,
+    }
+    is_spread = any(value is not None for value in axes.values())
+    (checks.packed_shards if is_spread else checks.packed_experts)(experts)
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
     choice = implementations.choose("fused_moe", implementation, act_dtype)
     op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype))
-    tokens = _Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
+    tokens = Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size)
+    if is_spread:
+        tuning.check(problem, tactic)
+        placement, mesh = sharding.place(x, experts, **axes)
+        spread = _spread_moe(choice, activation, jnp.dtype(act_dtype), tactic, placement)
+        return sharding.run(placement, mesh, spread, tokens, experts)
     rotated = _rotated_ids(topk_ids, experts.num_experts)
     return _run(
         problem, choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
@@ -211,13 +226,6 @@ def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array,
     return _quantize_fp8(choice)(_Row(x), ())
 
 
-class _Tokens(NamedTuple):
-    x: Array
-    x_scale: Array | None
-    topk_ids: Array
-    topk_weights: Array
-
-
 class _Rows(NamedTuple):
     rows: Array
     x_scale: Array | None
@@ -283,7 +291,7 @@ def _fused_moe(
     act_dtype: jnp.dtype,
     tactic: Tactic | None,
 ) -> Any:
-    def xla(tokens: _Tokens, experts: PackedExperts) -> Array:
+    def xla(tokens: Tokens, experts: PackedExperts) -> Array:
         return reference.fused_moe(
             tokens.x,
             experts,
@@ -295,21 +303,78 @@ def _fused_moe(
             mode="mirrored",
         )
 
-    def cuda(tokens: _Tokens, experts: PackedExperts) -> Array:
+    def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
         x, x_scale, ids, weights = tokens
         problem = Problem.of_layer("fused_moe", experts, ids.size)
         chosen = tuning.choose(problem, tactic).tactic
         return fused_moe_cuda(x, x_scale, experts, ids, weights, activation, chosen)
 
-    def run(tokens: _Tokens, experts: PackedExperts) -> Array:
+    def run(tokens: Tokens, experts: PackedExperts) -> Array:
         return implementations.run(choice, cuda, xla, tokens, experts)
 
-    def backward(tokens: _Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
+    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
         x, x_scale, ids, weights = tokens
         dx, dweights = reference.fused_moe_gradients(
             x, experts, ids, weights, x_scale, cotangent, activation
         )
         return {"x": dx.astype(x.dtype), "topk_weights": dweights}
+
+    return transformable(
+        "fused_moe",
+        run,
+        backward=backward,
+        differentiable=("x", "topk_weights"),
+        foldable=True,
+    )
+
+
+@functools.cache
+def _spread_moe(
+    choice: implementations.Choice,
+    activation: SwiGLU,
+    act_dtype: jnp.dtype,
+    tactic: Tactic | None,
+    placement: sharding.Placement,
+) -> Any:
+    """The layer inside a shard_map over the placement's axes; operands are this device's parts."""
+    layer = _fused_moe(choice, activation, act_dtype, tactic)
+
+    def gathered(tokens: Tokens) -> Tokens:
+        if placement.gathered_axes and tokens.x_scale is None and act_dtype == jnp.float8_e4m3fn:
+            x, x_scale = implementations.run(
+                choice, quantize_fp8_cuda, quantize_per_token, tokens.x
+            )
+            tokens = tokens._replace(x=x, x_scale=x_scale)
+        everyone: Tokens = sharding.gather(tokens, placement)
+        return everyone
+
+    def run(tokens: Tokens, experts: PackedExperts) -> Array:
+        part = sharding.local_part(experts, placement)
+        everyone = gathered(tokens)
+        ids = sharding.local_ids(everyone.topk_ids, experts, placement)
+        everyone = everyone._replace(topk_ids=ids)
+        if placement.exchange == "partial_sums":
+            return sharding.bring_home(layer(everyone, part), placement)
+        slots = layer(sharding.as_slots(everyone), part).reshape(ids.shape[0], -1)
+        slots = sharding.bring_home(slots, placement).reshape(*tokens.topk_ids.shape, -1)
+        return sharding.combine_slots(
+            slots, tokens.topk_ids, tokens.topk_weights, experts.num_experts
+        )
+
+    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
+        part = sharding.local_part(experts, placement)
+        everyone, cotangent = sharding.gather((tokens, cotangent), placement)
+        x, x_scale, ids, weights = everyone
+        ids = sharding.local_ids(ids, experts, placement)
+        dx, dweights = reference.fused_moe_gradients(
+            x, part, ids, weights, x_scale, cotangent, activation
+        )
+        both = sharding.bring_home(jnp.concatenate([dx, dweights], axis=1), placement)
+        dx, dweights = jnp.split(both, [dx.shape[1]], axis=1)
+        return {
+            "x": varying.vary(dx.astype(tokens.x.dtype), varying.axes_of(tokens.x)),
+            "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
+        }
 
     return transformable(
         "fused_moe",

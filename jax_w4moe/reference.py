@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int32
 
+from jax_w4moe import varying
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.packing import canonical_rows, dequantize_expert, pack_experts
@@ -351,6 +352,7 @@ def _by_expert(
     Returns:
       A pytree of [M, ...] results; rows of no group are zero.
     """
+    weights, rows, groups = varying.alike((weights, rows, groups))
     num_rows = jax.tree.leaves(rows)[0].shape[0]
 
     def at_least_a_block(array: Array) -> Array:
@@ -383,6 +385,7 @@ def _by_expert(
         lambda: run_block(_dequantize(weights, jnp.int32(0)), jnp.int32(0)),
     )
     out = jax.tree.map(lambda s: jnp.zeros((num_rows + _BLOCK, *s.shape[1:]), s.dtype), shapes)
+    out = varying.vary(out, varying.axes_of(groups))
 
     def visit(number: Array, out: Any) -> Any:
         return jax.lax.cond(groups.sizes[number] > 0, lambda: run_expert(number, out), lambda: out)

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(jax_w4moe.__file__).parent
 RANKS = {
     "formats.layout": 0,
     "_ffi": 1,
+    "varying": 0,
     "formats": 1,
     "activations": 1,
     "timing": 1,
@@ -28,6 +29,7 @@ RANKS = {
     "transforms": 4,
     "ops.tiles": 4,
     "tuning": 5,
+    "sharding": 5,
     "ops": 6,
     "reference": 6,
     "explain": 7,

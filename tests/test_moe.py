@@ -395,14 +395,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         'implementation=\'triton\' is unknown; use None, "xla" or "cuda_sm90".',
     ),
-    **{
-        name: (
-            {name: "x"},
-            NotImplementedError,
-            f"{name}='x': this version runs on one device; leave {name} out.",
-        )
-        for name in ("expert_axis", "tensor_axis", "token_axes", "mesh", "exchange")
-    },
     "type of tactic": (
         {"tactic": 64},
         TypeError,

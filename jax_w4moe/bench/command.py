@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import track
 
 from jax_w4moe import _ffi, tuning
 from jax_w4moe.bench import backends, machine, report
+from jax_w4moe.bench import spread as spreads
 from jax_w4moe.bench import stack as stacks
 from jax_w4moe.bench.host import dispatch_us
 from jax_w4moe.bench.layers import ROUTINGS
@@ -131,6 +133,32 @@ def stack(
                 f" {alone_us:.1f} us by itself.",
                 soft_wrap=True,
             )
+
+
+def spread(
+    shapes: Sequence[str], num_tokens: Sequence[int] = (), console: Console | None = None
+) -> None:
+    """Measures and prints what a layer takes on all devices of this process.
+
+    Raises:
+      ValueError: one device only.
+      RuntimeError: as :func:`named_shapes`.
+    """
+    console = console or Console()
+    devices = jax.device_count()
+    if devices < 2:
+        raise ValueError(f"--spread needs several devices, here is {devices}; use more.")
+    for shape in map(spreads.whole, named_shapes(shapes)):
+        for kind in spreads.KINDS:
+            for count in num_tokens or spreads.NUM_TOKENS:
+                cell = spreads.measure(shape, kind, devices, count)
+                console.print(
+                    f"{shape.name}, {kind} axis of {devices}, {count} tokens a device:"
+                    f" {cell.layer_us:.1f} us, of which {cell.compute_us:.1f} us are local work"
+                    f" and {cell.layer_us - cell.compute_us:.1f} us exchange"
+                    f" ({cell.compute_us / cell.layer_us:.0%} efficiency).",
+                    soft_wrap=True,
+                )
 
 
 def named_shapes(names: Sequence[str]) -> list[Shape]:
