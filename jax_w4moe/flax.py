@@ -1,6 +1,7 @@
 """Flax NNX layers holding packed 4-bit experts."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_w4moe import checks
 from jax_w4moe.activations import SwiGLU
@@ -17,6 +19,7 @@ from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import pack_experts, quantize_experts
 from jax_w4moe.routing import topk_routing
+from jax_w4moe.sharding import shard_experts
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -62,6 +65,10 @@ class FusedMoE(nnx.Module):
         kernel_init: Any = _EXPERT_INIT,
         router_kernel_init: Any = _KERNEL_INIT,
         implementation: str | None = None,
+        expert_axis: str | None = None,
+        tensor_axis: str | None = None,
+        token_axes: str | Sequence[str] | None = None,
+        exchange: str | None = None,
         rngs: nnx.Rngs,
     ):
         """Makes a layer with random weights, quantised expert by expert.
@@ -82,6 +89,8 @@ class FusedMoE(nnx.Module):
           kernel_init: initialiser of an expert's [I, H] and [H, I] kernels.
           router_kernel_init: initialiser of the router's [H, E] kernel.
           implementation: as in :func:`jax_w4moe.fused_moe`.
+          expert_axis, tensor_axis, token_axes, exchange: how the layer is spread over a mesh, as in
+            :func:`jax_w4moe.fused_moe`; :meth:`shard` places the weights.
           rngs: the key streams; "params" is used.
 
         Raises:
@@ -113,6 +122,10 @@ class FusedMoE(nnx.Module):
         self.act_dtype = jnp.dtype(act_dtype)
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
+        self.expert_axis = expert_axis
+        self.tensor_axis = tensor_axis
+        self.token_axes = (token_axes,) if isinstance(token_axes, str) else token_axes
+        self.exchange = exchange
         self._set_experts(experts)
 
     @classmethod
@@ -247,8 +260,29 @@ class FusedMoE(nnx.Module):
             activation=self.activation,
             act_dtype=self.act_dtype,
             implementation=self.implementation,
+            expert_axis=self.expert_axis,
+            tensor_axis=self.tensor_axis,
+            token_axes=self.token_axes,
+            exchange=self.exchange,
         )
         return y.reshape(x.shape).astype(self.dtype)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Places the experts on a mesh by the layer's axes, and the router on all of its devices.
+
+        Args:
+          mesh: the devices; it has the axes that the layer was made with.
+
+        Raises:
+          ValueError: it has not.
+        """
+        self._set_experts(
+            shard_experts(
+                self.experts, mesh, expert_axis=self.expert_axis, tensor_axis=self.tensor_axis
+            )
+        )
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        nnx.update(self.router, jax.device_put(nnx.state(self.router), everywhere))
 
     @property
     def experts(self) -> PackedExperts:

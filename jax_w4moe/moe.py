@@ -96,7 +96,11 @@ def fused_moe(
         "mesh": mesh,
     }
     is_spread = any(value is not None for value in axes.values())
-    (checks.packed_shards if is_spread else checks.packed_experts)(experts)
+    if is_spread:
+        checks.packed_shards(experts)
+    else:
+        checks.packed_experts(experts)
+        sharding.refuse_spread(experts)
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)

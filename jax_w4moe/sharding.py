@@ -254,6 +254,22 @@ def place(
     return placement, mesh
 
 
+def refuse_spread(experts: PackedExperts) -> None:
+    """Refuses weights on several devices in a call that names no axis: XLA would gather them.
+
+    Raises:
+      ValueError: their sharding is known (eagerly, or on a mesh of explicit axes) and not trivial.
+    """
+    for name, array in (("w13", experts.w13.data), ("w2", experts.w2.data)):
+        is_traced = isinstance(array, jax.core.Tracer)
+        sharding = jax.typeof(array).sharding if is_traced else getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and any(entry for entry in sharding.spec):
+            raise ValueError(
+                f"experts.{name}: spread over devices as {sharding.spec}, and the call names no"
+                " axis, so that all weights would be gathered; pass expert_axis or tensor_axis."
+            )
+
+
 def run(
     placement: Placement,
     mesh: Any,

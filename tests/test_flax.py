@@ -156,6 +156,18 @@ def test_layers_inside_a_model_are_restored_and_checked(
         w4flax.restore(tmp_path / "old", other)
 
 
+def test_layer_on_a_mesh(x: jax.Array) -> None:
+    """Five experts on four devices give the bits of one device where slots are exchanged."""
+    layer = _layer(expert_axis="expert", exchange="slot_rows")
+    mesh = jax.make_mesh(
+        (4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    layer.shard(mesh)
+    assert layer.w13[...].shape[0] == 8
+    forward = nnx.jit(lambda layer, x: layer(x))
+    assert_bitwise(forward(layer, x), forward(_layer(), x))
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="hidden_size=100 is not a positive multiple of 32"):
         w4flax.FusedMoE(100, I, num_experts=E, top_k=K, rngs=nnx.Rngs(0))

@@ -46,8 +46,11 @@ __global__ void __launch_bounds__(kCombineThreads)
       const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        sum[2 * w] = fmaf(weights[i], LowBf16ToFloat(words[w]), sum[2 * w]);
-        sum[2 * w + 1] = fmaf(weights[i], HighBf16ToFloat(words[w]), sum[2 * w + 1]);
+        // Rounded twice, as XLA does it where slots are combined after an exchange.
+        const float low = __fmul_rn(weights[i], LowBf16ToFloat(words[w]));
+        const float high = __fmul_rn(weights[i], HighBf16ToFloat(words[w]));
+        sum[2 * w] = __fadd_rn(sum[2 * w], low);
+        sum[2 * w + 1] = __fadd_rn(sum[2 * w + 1], high);
       }
     }
   }

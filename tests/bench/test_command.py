@@ -132,6 +132,18 @@ def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "us to dispatch a jitted fused_moe at T = 1, without waiting" in result.output
 
 
+def test_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 1e-4)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    result = bench("--spread", "--tokens", "2")
+    assert result.exit_code == 0, result.output
+    for kind in ("expert", "tensor"):
+        assert f"tiny, {kind} axis of 2, 2 tokens a device: " in result.output
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    result = bench("--spread")
+    assert result.exit_code == 1 and "needs several devices, here is 1" in result.output
+
+
 def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "LAYERS", 3)
     monkeypatch.setattr(stack, "SETS", 2)

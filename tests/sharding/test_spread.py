@@ -1,6 +1,5 @@
 """fused_moe on meshes of CPU devices, against one device and against sums of slices."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_w4moe as w4
-from jax_w4moe import reference
 from jax_w4moe.formats.layout import RECORD_BYTES
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
+from tests.helpers.slices import sum_of_slices
 
 E, H, I, K, T = 6, 64, 256, 3, 16  # noqa: E741
 PARTIAL_SUMS = 4e-3  # a row of each device is rounded to bf16
@@ -80,31 +79,6 @@ def spread(
     return jax.jit(layer), (x, placed, ids, weights)
 
 
-def tensor_slices(
-    weights: w4.ExpertWeights, tokens: tuple[jax.Array, ...], parts: int
-) -> np.ndarray:
-    """The sum of layers that hold a slice of I each, with their own FP8 scales of h."""
-    x, ids, routing_weights = tokens
-    size = I // parts
-    total = np.zeros((T, H))
-    for part in range(parts):
-        own = np.r_[part * size : (part + 1) * size]
-        rows = np.concatenate([own, I + own])
-        w13, w2 = weights.w13, weights.w2
-        w13 = dataclasses.replace(w13, codes=w13.codes[:, rows], scales=w13.scales[:, rows])
-        w2 = dataclasses.replace(
-            w2,
-            codes=w2.codes[..., part * size // 2 : (part + 1) * size // 2],
-            scales=w2.scales[..., part * size // 32 : (part + 1) * size // 32],
-        )
-        bias = weights.w13_bias[:, rows]
-        w2_bias = weights.w2_bias * (1 if part == 0 else 0)
-        sliced = w4.ExpertWeights(w13, w2, bias, w2_bias.astype(jnp.bfloat16))
-        y = reference.fused_moe(x, sliced, ids, routing_weights, mode="mirrored")
-        total += np.asarray(y).astype(np.float64)
-    return total
-
-
 @pytest.mark.parametrize("where", ["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("shape", "kind"),
@@ -130,7 +104,7 @@ def test_every_mesh(
     if shape[1] == 1:
         assert relative_rms(y, one_device) < PARTIAL_SUMS
     else:
-        assert relative_rms(y, tensor_slices(weights, tokens, shape[1])) < LOCAL_SCALES
+        assert relative_rms(y, sum_of_slices(weights, tokens, shape[1])) < LOCAL_SCALES
         assert relative_rms(y, one_device) < ONE_DEVICE
 
 
@@ -331,6 +305,7 @@ def test_bad_input(experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]) -> 
             mesh=make_mesh((4, 1)), expert_axis="expert")  # fmt: skip
     refused(r"I=256 is 2 blocks of 128, .* over 4 devices.*up to 4", experts=experts,
             mesh=make_mesh((1, 4)), tensor_axis="tensor")  # fmt: skip
+    refused(r"w13: spread over devices as .* names no axis")
     refused(r"E=6, N=512, K=64 as packed; name expert_axis", experts=_padded(experts))
     with pytest.raises(ValueError, match="tensor_axis='q' is not an axis"):
         w4.shard_experts(experts, mesh, tensor_axis="q")

@@ -1,0 +1,44 @@
+"""A layer as several that hold a slice of the intermediate size each: what TP computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_w4moe as w4
+from tests.helpers.compare import as_float64
+
+
+def sum_of_slices(
+    weights: w4.ExpertWeights, tokens: tuple[jax.Array, ...], parts: int
+) -> np.ndarray:
+    """The sum of the slices' results, by the mirrored reference: each has its own FP8 scales of h.
+
+    Args:
+      weights: canonical, with biases; I is a multiple of 32 * parts.
+      tokens: x, topk_ids, topk_weights.
+      parts: how many slices.
+
+    Returns:
+      float64[T, H].
+    """
+    x, ids, routing_weights = tokens
+    intermediate = weights.w13.codes.shape[1] // 2
+    size = intermediate // parts
+    total = np.zeros(x.shape)
+    for part in range(parts):
+        first, end = part * size, (part + 1) * size
+        rows = np.r_[first:end, intermediate + first : intermediate + end]
+        w13, w2 = weights.w13, weights.w2
+        w13 = dataclasses.replace(w13, codes=w13.codes[:, rows], scales=w13.scales[:, rows])
+        w2 = dataclasses.replace(
+            w2,
+            codes=w2.codes[..., first // 2 : end // 2],
+            scales=w2.scales[..., first // 32 : end // 32],
+        )
+        w2_bias = weights.w2_bias if part == 0 else jnp.zeros_like(weights.w2_bias)
+        sliced = w4.ExpertWeights(w13, w2, weights.w13_bias[:, rows], w2_bias)
+        y = w4.reference.fused_moe(x, sliced, ids, routing_weights, mode="mirrored")
+        total += as_float64(y)
+    return total
