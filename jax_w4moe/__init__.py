@@ -18,6 +18,7 @@ from jax_w4moe.packing import (
     unpack_experts,
 )
 from jax_w4moe.quantization import PerToken
+from jax_w4moe.replicas import Replicas, plan_replicas, replicate_experts
 from jax_w4moe.routing import topk_routing
 from jax_w4moe.sharding import expert_specs, shard_experts
 from jax_w4moe.tuning import Problem, Tactic, autotune, load_tactics, tactics
@@ -32,6 +33,7 @@ __all__ = [
     "PerToken",
     "Problem",
     "QuantizedTensor",
+    "Replicas",
     "SwiGLU",
     "Tactic",
     "WeightFormat",
@@ -49,9 +51,11 @@ __all__ = [
     "load_tactics",
     "pack",
     "pack_experts",
+    "plan_replicas",
     "quantize_experts",
     "quantize_fp8",
     "reference",
+    "replicate_experts",
     "shard_experts",
     "tactics",
     "topk_routing",

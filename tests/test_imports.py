@@ -30,6 +30,7 @@ RANKS = {
     "ops.tiles": 4,
     "tuning": 5,
     "sharding": 5,
+    "replicas": 5,
     "ops": 6,
     "reference": 6,
     "explain": 7,
