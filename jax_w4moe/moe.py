@@ -96,7 +96,8 @@ def fused_moe(
         "mesh": mesh,
     }
     is_spread = any(value is not None for value in axes.values())
-    if is_spread:
+    is_partitioned = not is_spread and sharding.is_partitioned(experts)
+    if is_spread or is_partitioned:
         checks.packed_shards(experts)
     else:
         checks.packed_experts(experts)
@@ -113,6 +114,9 @@ def fused_moe(
         placement, mesh = sharding.place(x, experts, **axes)
         spread = _spread_moe(choice, activation, jnp.dtype(act_dtype), tactic, placement)
         return sharding.run(placement, mesh, spread, tokens, experts)
+    if is_partitioned:
+        tuning.check(problem, tactic)
+        return _partitioned_moe(choice, activation, jnp.dtype(act_dtype), tactic)(tokens, experts)
     rotated = _rotated_ids(topk_ids, experts.num_experts)
     return _run(
         problem, choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
@@ -341,6 +345,53 @@ def _spread_moe(
     placement: sharding.Placement,
 ) -> Any:
     """The layer inside a shard_map over the placement's axes; operands are this device's parts."""
+
+    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
+        part = sharding.local_part(experts, placement)
+        everyone, cotangent = sharding.gather((tokens, cotangent), placement)
+        x, x_scale, ids, weights = everyone
+        ids = sharding.local_ids(ids, experts, placement)
+        dx, dweights = reference.fused_moe_gradients(
+            x, part, ids, weights, x_scale, cotangent, activation
+        )
+        both = sharding.bring_home(jnp.concatenate([dx, dweights], axis=1), placement)
+        dx, dweights = jnp.split(both, [dx.shape[1]], axis=1)
+        return {
+            "x": varying.vary(dx.astype(tokens.x.dtype), varying.axes_of(tokens.x)),
+            "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
+        }
+
+    return transformable(
+        "fused_moe",
+        _spread_run(choice, activation, act_dtype, tactic, placement),
+        backward=backward,
+        differentiable=("x", "topk_weights"),
+        foldable=True,
+    )
+
+
+@functools.cache
+def _partitioned_moe(
+    choice: implementations.Choice,
+    activation: SwiGLU,
+    act_dtype: jnp.dtype,
+    tactic: Tactic | None,
+) -> Any:
+    """The layer in a program whose weights XLA's partitioner finds spread; without gradients."""
+    run = functools.partial(_spread_run, choice, activation, act_dtype, tactic)
+    name = "fused_moe without expert_axis or tensor_axis on weights that are spread"
+    return transformable(name, functools.partial(sharding.partitioned, run), foldable=True)
+
+
+@functools.cache
+def _spread_run(
+    choice: implementations.Choice,
+    activation: SwiGLU,
+    act_dtype: jnp.dtype,
+    tactic: Tactic | None,
+    placement: sharding.Placement,
+) -> Callable[[Tokens, PackedExperts], Array]:
+    """What a device does of the layer, exchange included."""
     layer = _fused_moe(choice, activation, act_dtype, tactic)
 
     def gathered(tokens: Tokens) -> Tokens:
@@ -365,28 +416,7 @@ def _spread_moe(
             slots, tokens.topk_ids, tokens.topk_weights, experts.num_experts
         )
 
-    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
-        part = sharding.local_part(experts, placement)
-        everyone, cotangent = sharding.gather((tokens, cotangent), placement)
-        x, x_scale, ids, weights = everyone
-        ids = sharding.local_ids(ids, experts, placement)
-        dx, dweights = reference.fused_moe_gradients(
-            x, part, ids, weights, x_scale, cotangent, activation
-        )
-        both = sharding.bring_home(jnp.concatenate([dx, dweights], axis=1), placement)
-        dx, dweights = jnp.split(both, [dx.shape[1]], axis=1)
-        return {
-            "x": varying.vary(dx.astype(tokens.x.dtype), varying.axes_of(tokens.x)),
-            "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
-        }
-
-    return transformable(
-        "fused_moe",
-        run,
-        backward=backward,
-        differentiable=("x", "topk_weights"),
-        foldable=True,
-    )
+    return run
 
 
 @functools.cache

@@ -13,8 +13,15 @@ def axes_of(tree: Any) -> frozenset[str]:
     return axes
 
 
+def is_typed() -> bool:
+    """Whether this is the inside of a shard_map; the partitioner's callbacks have no such types."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def vary(tree: Any, axes: frozenset[str]) -> Any:
     """The same arrays, typed as varying over at least these axes."""
+    if not is_typed():
+        return tree
 
     def cast(leaf: Any) -> Any:
         missing = axes - jax.typeof(leaf).manual_axis_type.varying

@@ -1,5 +1,6 @@
 """fused_moe on meshes of CPU devices, against one device and against sums of slices."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -190,6 +191,51 @@ def test_collectives(
     if found[0][0] == "all-gather" and token_axes:
         payload = H + 4 + 4 * K + 4 * K  # FP8 tokens with their scale, ids and weights
         assert found[0][1] == f"u8[{T},{payload}]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "token_axes"),
+    [((4, 1), ()), ((2, 2), ("expert",)), ((1, 2), ("expert", "tensor"))],
+    ids=str,
+)
+def test_programs_that_name_no_axis(
+    shape: tuple[int, int],
+    token_axes: tuple[str, ...],
+    experts: w4.PackedExperts,
+    tokens: tuple[jax.Array, ...],
+) -> None:
+    """XLA's partitioner finds the axes: the same collectives, the same bits."""
+    named_layer, operands = spread(make_mesh(shape), experts, tokens, token_axes)
+    layer = jax.jit(w4.fused_moe)
+    y = layer(*operands)
+    assert_bitwise(y, named_layer(*operands))
+    assert collectives(layer, operands) == collectives(named_layer, operands)
+    x, placed, ids, weights = operands
+    fold = jax.jit(lambda *a: jax.vmap(lambda x, i, w: w4.fused_moe(x, a[0], i, w))(*a[1:]))
+    pairs = (array.reshape(2, T // 2, -1) for array in (x, ids, weights))
+    assert relative_rms(fold(placed, *pairs).reshape(T, H), y) < PARTIAL_SUMS
+
+
+def test_programs_that_would_gather_weights_are_refused(
+    experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]
+) -> None:
+    mesh = make_mesh((2, 2))
+    x, ids, weights = tokens
+    placed = w4.shard_experts(experts, mesh, expert_axis="expert")
+
+    def refused(projection: str, *spec: str | None) -> None:
+        tensor = getattr(placed, projection)
+        moved = jax.device_put(tensor.data, NamedSharding(mesh, P(*spec)))
+        bad = dataclasses.replace(placed, **{projection: dataclasses.replace(tensor, data=moved)})
+        with pytest.raises(Exception, match="so that weights would be gathered; place them with"):
+            jax.jit(w4.fused_moe)(x, bad, ids, weights)
+
+    refused("w2", "tensor")
+    refused("w2", None, None, "expert")
+    refused("w2")
+    refused("w13", None, None, None, "expert")
+    with pytest.raises(NotImplementedError, match="without expert_axis .* no gradient to x"):
+        jax.jit(jax.grad(lambda x, e: w4.fused_moe(x, e, ids, weights).sum()))(x, placed)
 
 
 def test_bf16_activations(experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]) -> None:
