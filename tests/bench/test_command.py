@@ -1,6 +1,7 @@
 """``bench`` from end to end on the tiny layer, and how it fails."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from jax_w4moe import _ffi, implementation, timing
-from jax_w4moe.bench import backends, host, layers, machine, report, stack, sweep
+from jax_w4moe.bench import backends, host, layers, machine, report, spread, stack, sweep
 from jax_w4moe.cli import app
 from jax_w4moe.tuning import choice, recording, winners
 
@@ -134,6 +135,8 @@ def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
+    monkeypatch.setattr(spread, "Program", functools.partial(timing.Program, calls=1))
+    monkeypatch.setattr(spread, "calls", lambda *arguments: layers.calls(*arguments)[:1])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     result = bench("--spread", "--tokens", "2")
     assert result.exit_code == 0, result.output
