@@ -249,6 +249,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return measured
 
 
+@pytest.fixture
+def two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer to compile, with no table that names the others."""
+    monkeypatch.setattr(tiles, "TILE_TOKENS", (SMALL.tile_tokens, LARGE.tile_tokens))
+    monkeypatch.setattr(winners, "shipped", lambda device: {})
+
+
+@pytest.mark.usefixtures("two_tiles")
 def test_autotune(call: Any, h200: None, timed: list[int], tmp_path: Path) -> None:
     x, experts, ids, weights = call
     sizes = jnp.full(E, T // E, jnp.int32)
@@ -281,6 +289,7 @@ def test_autotune(call: Any, h200: None, timed: list[int], tmp_path: Path) -> No
         assert f"{last.tile_tokens} tokens at most, by autotune;" in w4.explain(x, experts, ids)
 
 
+@pytest.mark.usefixtures("two_tiles")
 def test_autotune_keeps_what_was_found_before_an_error(
     call: Any, h200: None, timed: list[int], tmp_path: Path
 ) -> None:
@@ -311,6 +320,7 @@ def test_rotated_calls_are_the_same_work_on_other_experts(
         assert (rotated[1::2, 1] == -1).all()
 
 
+@pytest.mark.usefixtures("two_tiles")
 def test_autotune_measures(call: Any, h200: None, tmp_path: Path) -> None:
     """With the timing itself, on the CPU."""
     with w4.autotune(tmp_path / "winners.json"):
