@@ -1,0 +1,148 @@
+"""Inside a shard_map: this device's part of a layer, and what is sent between devices."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_w4moe import varying
+from jax_w4moe.formats.layout import BLOCK_K, round_up
+from jax_w4moe.sharding.placement import Placement, Tokens
+from jax_w4moe.types import PackedExperts
+
+_SCATTERED_ROWS = 256  # so many that are wanted everywhere are summed in parts, then gathered
+
+
+def local_part(experts: PackedExperts, placement: Placement) -> PackedExperts:
+    """This device's weights as a layer of their own: w2's bias on one of the tensor axis only."""
+    held, blocks = experts.w13.data.shape[0], experts.w2.data.shape[2]
+    hidden, intermediate = experts.hidden_size, experts.intermediate_size
+    if blocks * BLOCK_K != round_up(intermediate, BLOCK_K):
+        intermediate = blocks * BLOCK_K
+    bias = experts.w2_bias
+    if bias is not None and placement.tensor_axis:
+        is_first = jax.lax.axis_index(placement.tensor_axis) == 0
+        bias = jnp.where(is_first, bias, jnp.zeros_like(bias))
+    w13_shape, w2_shape = (held, 2 * intermediate, hidden), (held, hidden, intermediate)
+    return PackedExperts(
+        dataclasses.replace(experts.w13, shape=w13_shape),
+        dataclasses.replace(experts.w2, shape=w2_shape),
+        experts.w13_bias,
+        bias,
+    )
+
+
+def local_ids(topk_ids: Array, experts: PackedExperts, placement: Placement) -> Array:
+    """Ids of the experts that this device holds, by their number among them; -1 for all others."""
+    valid = (topk_ids >= 0) & (topk_ids < experts.num_experts)
+    if placement.expert_axis is None:
+        return jnp.where(valid, topk_ids, -1)
+    held = experts.w13.data.shape[0]
+    own = topk_ids - jax.lax.axis_index(placement.expert_axis) * held
+    return jnp.where(valid & (own >= 0) & (own < held), own, -1)
+
+
+def gather(rows: Any, placement: Placement) -> Any:
+    """Rows of all devices that share these weights' tokens: one collective, of bytes.
+
+    Args:
+      rows: a tree of [T_local, n] arrays.
+      placement: the layer's.
+
+    Returns:
+      The same tree of [T, n] arrays.
+    """
+    axes = placement.gathered_axes
+    if not axes:
+        return rows
+    leaves, tree = jax.tree.flatten(rows)
+    payload = jnp.concatenate([_bytes(leaf) for leaf in leaves], axis=1)
+    payload = jax.lax.all_gather(payload, axes, tiled=True)
+    ends = np.cumsum([leaf.shape[1] * leaf.dtype.itemsize for leaf in leaves])
+    parts = jnp.split(payload, ends[:-1], axis=1)
+    values = [_values(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(tree, values)
+
+
+def _bytes(array: Array) -> Array:
+    """[T, n] of any dtype -> u8[T, n * itemsize]."""
+    return jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(array.shape[0], -1)
+
+
+def _values(payload: Array, dtype: Any) -> Array:
+    """The inverse of :func:`_bytes`."""
+    size = jnp.dtype(dtype).itemsize
+    shape = (payload.shape[0], -1) if size == 1 else (payload.shape[0], -1, size)
+    return jax.lax.bitcast_convert_type(payload.reshape(shape), dtype)
+
+
+def bring_home(parts: Array, placement: Placement) -> Array:
+    """Adds what every device has of a row, in f32, from the first device to the last.
+
+    Args:
+      parts: [T, n], this device's part of all rows.
+      placement: the layer's.
+
+    Returns:
+      [T_local, n]; the same on all devices of an axis that tokens are not spread over.
+    """
+    spread = placement.gathered_axes
+    shared = tuple(axis for axis in placement.model_axes if axis not in spread)
+    num_shared = math.prod(jax.lax.axis_size(axis) for axis in shared)
+    num_spread = math.prod(jax.lax.axis_size(axis) for axis in spread)
+    parts = varying.vary(parts, frozenset(placement.model_axes))
+    num_rows, width = parts.shape[0] // num_spread, parts.shape[1]
+    same = "invarying" if varying.is_typed() else "varying"
+    stacked = _bits(parts).reshape(num_spread, num_rows, width)
+    if spread:
+        stacked = jax.lax.all_to_all(stacked, spread, 0, 0)
+    if not shared:
+        return _sum(stacked, parts.dtype)
+    if num_rows < _SCATTERED_ROWS or num_rows % num_shared:
+        everything = jax.lax.all_gather(stacked, shared, to=same)
+        return _sum(everything.reshape(-1, num_rows, width), parts.dtype)
+    # Each device of the shared axes adds its share of the rows: less to send, the same sums.
+    shares = stacked.reshape(num_spread, num_shared, -1, width).swapaxes(0, 1)
+    shares = jax.lax.all_to_all(shares, shared, 0, 0)
+    own = _sum(shares.reshape(-1, num_rows // num_shared, width), parts.dtype)
+    own = jax.lax.all_gather(_bits(own), shared, tiled=True, to=same)
+    return jax.lax.bitcast_convert_type(own, parts.dtype)
+
+
+def _bits(array: Array) -> Array:
+    """As integers: what is sent is of this width, whatever XLA makes of conversions beside it."""
+    width = jnp.uint16 if array.dtype == jnp.bfloat16 else jnp.uint32
+    return jax.lax.bitcast_convert_type(array, width)
+
+
+def _sum(bits: Array, dtype: Any) -> Array:
+    parts = jax.lax.bitcast_convert_type(bits, dtype)
+    total = parts[0].astype(jnp.float32)
+    for part in parts[1:]:
+        total = total + part.astype(jnp.float32)
+    return total.astype(parts.dtype)
+
+
+def as_slots(tokens: Tokens) -> Tokens:
+    """Each (token, slot) pair as a token of its own, of weight one."""
+    num_tokens, top_k = tokens.topk_ids.shape
+
+    x, x_scale = jax.tree.map(
+        lambda array: jnp.repeat(array, top_k, axis=0), (tokens.x, tokens.x_scale)
+    )
+    ids = tokens.topk_ids.reshape(-1, 1)
+    return Tokens(x, x_scale, ids, jnp.ones((num_tokens * top_k, 1), jnp.float32))
+
+
+def combine_slots(slots: Array, topk_ids: Array, topk_weights: Array, num_experts: int) -> Array:
+    """R6: the weighted sum of bf16[T, k, H] slots, in slot order."""
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    total = jnp.zeros((slots.shape[0], slots.shape[2]), jnp.float32)
+    for slot in range(topk_ids.shape[1]):
+        row = topk_weights[:, slot, None] * slots[:, slot].astype(jnp.float32)
+        total += jnp.where(valid[:, slot, None], row, 0.0)
+    return total.astype(jnp.bfloat16)
