@@ -109,14 +109,13 @@ def fused_moe(
     op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype))
     tokens = Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size)
-    if is_spread:
+    if is_spread or is_partitioned:
         tuning.check(problem, tactic)
+        options = (choice, activation, jnp.dtype(act_dtype), tactic)
+        if is_partitioned:
+            return _partitioned_moe(*options)(tokens, experts)
         placement, mesh = sharding.place(x, experts, **axes)
-        spread = _spread_moe(choice, activation, jnp.dtype(act_dtype), tactic, placement)
-        return sharding.run(placement, mesh, spread, tokens, experts)
-    if is_partitioned:
-        tuning.check(problem, tactic)
-        return _partitioned_moe(choice, activation, jnp.dtype(act_dtype), tactic)(tokens, experts)
+        return sharding.run(placement, mesh, _spread_moe(*options, placement), tokens, experts)
     rotated = _rotated_ids(topk_ids, experts.num_experts)
     return _run(
         problem, choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
@@ -291,6 +290,10 @@ def _run(
 # The ops are cached by what is static, so that JAX meets the same function again; the tactic is
 # chosen where the shapes are known for good, after vmap.
 
+_differentiable_moe = functools.partial(
+    transformable, "fused_moe", differentiable=("x", "topk_weights"), foldable=True
+)
+
 
 @functools.cache
 def _fused_moe(
@@ -327,13 +330,7 @@ def _fused_moe(
         )
         return {"x": dx.astype(x.dtype), "topk_weights": dweights}
 
-    return transformable(
-        "fused_moe",
-        run,
-        backward=backward,
-        differentiable=("x", "topk_weights"),
-        foldable=True,
-    )
+    return _differentiable_moe(run, backward=backward)
 
 
 @functools.cache
@@ -361,13 +358,8 @@ def _spread_moe(
             "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
         }
 
-    return transformable(
-        "fused_moe",
-        _spread_run(choice, activation, act_dtype, tactic, placement),
-        backward=backward,
-        differentiable=("x", "topk_weights"),
-        foldable=True,
-    )
+    run = _spread_run(choice, activation, act_dtype, tactic, placement)
+    return _differentiable_moe(run, backward=backward)
 
 
 @functools.cache
@@ -412,9 +404,9 @@ def _spread_run(
             return sharding.bring_home(layer(everyone, part), placement)
         slots = layer(sharding.as_slots(everyone), part).reshape(ids.shape[0], -1)
         slots = sharding.bring_home(slots, placement).reshape(*tokens.topk_ids.shape, -1)
-        return sharding.combine_slots(
-            slots, tokens.topk_ids, tokens.topk_weights, experts.num_experts
-        )
+        valid = sharding.is_expert(tokens.topk_ids, experts)
+        y = reference.combine(lambda slot: slots[:, slot], valid, tokens.topk_weights)
+        return y.astype(jnp.bfloat16)
 
     return run
 

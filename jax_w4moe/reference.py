@@ -305,12 +305,20 @@ def _exact_mlp(expert: _Expert, x: Float32[Array, "B H"], activation: SwiGLU) ->
 def _combine(
     rows: Float[Array, "M H"], routes: _Routes, weights: Float32[Array, "T k"]
 ) -> Float32[Array, "T H"]:
+    return combine(lambda slot: rows[routes.position[:, slot]], routes.valid, weights)
+
+
+def combine(
+    slot_rows: Callable[[int], Float[Array, "T H"]],
+    valid: Bool[Array, "T k"],
+    weights: Float32[Array, "T k"],
+) -> Float32[Array, "T H"]:
     """R6: the weighted sum of each token's slots, in slot order."""
-    total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
+    total = jnp.zeros((), jnp.float32)
     for slot in range(weights.shape[1]):
-        row = rows[routes.position[:, slot]].astype(jnp.float32)
+        row = slot_rows(slot).astype(jnp.float32)
         # A select, not a product: a pair without expert may point at anything.
-        total += jnp.where(routes.valid[:, slot, None], weights[:, slot, None] * row, 0.0)
+        total = total + jnp.where(valid[:, slot, None], weights[:, slot, None] * row, 0.0)
     return total
 
 

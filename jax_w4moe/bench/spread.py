@@ -65,8 +65,7 @@ def measure(shape: Shape, kind: str, devices: int, num_tokens: int, repeats: int
     def layer(call: Call, experts: PackedExperts) -> jax.Array:
         return fused_moe(*_arguments(call, experts), token_axes=token_axes, mesh=mesh, **axes)
 
-    names = {"expert_axis": None, "tensor_axis": None, **axes}
-    placement = sharding.Placement(**names, token_axes=(), exchange="partial_sums")
+    placement = sharding.Placement(**axes)
 
     def local(call: Call, experts: PackedExperts) -> jax.Array:
         part = sharding.local_part(experts, placement)

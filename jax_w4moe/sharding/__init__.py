@@ -12,8 +12,8 @@ from jax_w4moe.sharding.entry import place, refuse_spread, run
 from jax_w4moe.sharding.exchange import (
     as_slots,
     bring_home,
-    combine_slots,
     gather,
+    is_expert,
     local_ids,
     local_part,
 )
@@ -26,9 +26,9 @@ __all__ = [
     "Tokens",
     "as_slots",
     "bring_home",
-    "combine_slots",
     "expert_specs",
     "gather",
+    "is_expert",
     "is_partitioned",
     "local_ids",
     "local_part",

@@ -10,15 +10,18 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_w4moe import checks, varying
+from jax_w4moe import varying
 from jax_w4moe.formats.layout import BLOCK_K, round_up
 from jax_w4moe.sharding.placement import (
     EXCHANGES,
     Placement,
     Tokens,
     axes_at,
+    check_in_mesh,
+    check_model_axes,
+    is_alike,
     rows_spec,
-    unknown_axis,
+    sharding_of,
 )
 from jax_w4moe.sharding.specs import expert_specs
 from jax_w4moe.types import PackedExperts
@@ -42,18 +45,16 @@ def place(
     Raises:
       ValueError: axes, sizes or shardings that do not fit.
     """
-    named = [("expert_axis", expert_axis), ("tensor_axis", tensor_axis)]
-    model = [axis for _, axis in named if axis is not None]
+    model = [axis for axis in (expert_axis, tensor_axis) if axis is not None]
     if not model:
         raise ValueError(
             "mesh, token_axes and exchange say how to spread a layer over expert_axis or"
             " tensor_axis; name one of these as well."
         )
-    if len(set(model)) != len(model):
-        raise ValueError(f"expert_axis and tensor_axis are both {model[0]!r}; name two axes.")
+    check_model_axes(expert_axis, tensor_axis)
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown; use one of {', '.join(EXCHANGES)}.")
-    exchange = exchange or "partial_sums"
+    exchange = exchange or EXCHANGES[0]
     around = jax.sharding.get_abstract_mesh()
     manual = set(around.manual_axes)
     inside = [axis for axis in model if axis in manual]
@@ -71,9 +72,7 @@ def place(
         return Placement(expert_axis, tensor_axis, tuple(token_axes), exchange), None
 
     mesh = mesh if mesh is not None else _mesh_around(around, experts)
-    for name, axis in [*named, *(("token_axes", axis) for axis in token_axes or ())]:
-        if axis is not None and axis not in mesh.axis_names:
-            raise ValueError(unknown_axis(name, axis, mesh.axis_names))
+    check_in_mesh(mesh, expert_axis=expert_axis, tensor_axis=tensor_axis, token_axes=token_axes)
     if token_axes is None:
         token_axes = _spec_axes(x, mesh)
     placement = Placement(expert_axis, tensor_axis, tuple(token_axes), exchange)
@@ -94,8 +93,7 @@ def refuse_spread(experts: PackedExperts) -> None:
       ValueError: their sharding is known (eagerly, or on a mesh of explicit axes) and not trivial.
     """
     for name, array in (("w13", experts.w13.data), ("w2", experts.w2.data)):
-        is_traced = isinstance(array, jax.core.Tracer)
-        sharding = jax.typeof(array).sharding if is_traced else getattr(array, "sharding", None)
+        sharding = sharding_of(array)
         if isinstance(sharding, NamedSharding) and any(entry for entry in sharding.spec):
             raise ValueError(
                 f"experts.{name}: spread over devices as {sharding.spec}, and the call names no"
@@ -140,9 +138,7 @@ def _mesh_around(around: Any, experts: PackedExperts) -> Any:
     """The mesh of the context, else of the weights."""
     if around.axis_names:
         return around
-    data = experts.w13.data
-    sharding = jax.typeof(data).sharding if isinstance(data, jax.core.Tracer) else data.sharding
-    mesh = getattr(sharding, "mesh", None)
+    mesh = getattr(sharding_of(experts.w13.data), "mesh", None)
     if mesh is None or not mesh.axis_names:
         raise ValueError(
             "experts: they lie on one device, and there is no mesh around; place them with"
@@ -165,13 +161,10 @@ def _varying_axes(x: Array, experts: PackedExperts, model: Sequence[str]) -> tup
 
 def _spec_of(array: Array, mesh: Any) -> P | None:
     """An array's spec, where it can be known: eagerly, or on a mesh of explicit axes."""
-    if not isinstance(array, jax.core.Tracer):
-        sharding = getattr(array, "sharding", None)
-        return sharding.spec if isinstance(sharding, NamedSharding) else P()
-    if AxisType.Explicit in mesh.axis_types:
-        spec: P = jax.typeof(array).sharding.spec
-        return spec
-    return None
+    if isinstance(array, jax.core.Tracer) and AxisType.Explicit not in mesh.axis_types:
+        return None
+    sharding = sharding_of(array)
+    return sharding.spec if isinstance(sharding, NamedSharding) else P()
 
 
 def _spec_axes(x: Array, mesh: Any) -> tuple[str, ...]:
@@ -182,7 +175,6 @@ def _spec_axes(x: Array, mesh: Any) -> tuple[str, ...]:
 
 def _check_sharded(experts: PackedExperts, placement: Placement, mesh: Any) -> None:
     """Global weights: of sizes that divide, and spread already, where that can be known."""
-    checks.packed_shards(experts)
     expert_parts = mesh.shape[placement.expert_axis] if placement.expert_axis else 1
     tensor_parts = mesh.shape[placement.tensor_axis] if placement.tensor_axis else 1
     held, blocks = experts.w13.data.shape[0], experts.w2.data.shape[2]
@@ -204,21 +196,16 @@ def _check_sharded(experts: PackedExperts, placement: Placement, mesh: Any) -> N
         ("w2", experts.w2.data, wanted.w2.data),
     ):
         found = _spec_of(array, mesh)
-        if found is None:
-            continue
-        partition: Any = spec
-        for dimension in range(len(partition)):
-            if axes_at(found, dimension) != axes_at(partition, dimension):
-                raise ValueError(
-                    f"experts.{name}: spread as {found}, need {partition}; place the weights with"
-                    f" shard_experts(experts, mesh, expert_axis={placement.expert_axis!r},"
-                    f" tensor_axis={placement.tensor_axis!r})."
-                )
+        if found is not None and not is_alike(found, spec):
+            raise ValueError(
+                f"experts.{name}: spread as {found}, need {spec}; place the weights with"
+                f" shard_experts(experts, mesh, expert_axis={placement.expert_axis!r},"
+                f" tensor_axis={placement.tensor_axis!r})."
+            )
 
 
 def _check_local(experts: PackedExperts, placement: Placement) -> None:
     """Weights inside the caller's shard_map are this device's part."""
-    checks.packed_shards(experts)
     axes = (placement.expert_axis, placement.tensor_axis)
     parts = [jax.lax.axis_size(axis) if axis else 1 for axis in axes]
     blocks = -(-experts.intermediate_size // BLOCK_K)

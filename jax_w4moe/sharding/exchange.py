@@ -36,9 +36,14 @@ def local_part(experts: PackedExperts, placement: Placement) -> PackedExperts:
     )
 
 
+def is_expert(topk_ids: Array, experts: PackedExperts) -> Array:
+    """Whether an id is an expert's, of all devices."""
+    return (topk_ids >= 0) & (topk_ids < experts.num_experts)
+
+
 def local_ids(topk_ids: Array, experts: PackedExperts, placement: Placement) -> Array:
     """Ids of the experts that this device holds, by their number among them; -1 for all others."""
-    valid = (topk_ids >= 0) & (topk_ids < experts.num_experts)
+    valid = is_expert(topk_ids, experts)
     if placement.expert_axis is None:
         return jnp.where(valid, topk_ids, -1)
     held = experts.w13.data.shape[0]
@@ -136,13 +141,3 @@ def as_slots(tokens: Tokens) -> Tokens:
     )
     ids = tokens.topk_ids.reshape(-1, 1)
     return Tokens(x, x_scale, ids, jnp.ones((num_tokens * top_k, 1), jnp.float32))
-
-
-def combine_slots(slots: Array, topk_ids: Array, topk_weights: Array, num_experts: int) -> Array:
-    """R6: the weighted sum of bf16[T, k, H] slots, in slot order."""
-    valid = (topk_ids >= 0) & (topk_ids < num_experts)
-    total = jnp.zeros((slots.shape[0], slots.shape[2]), jnp.float32)
-    for slot in range(topk_ids.shape[1]):
-        row = topk_weights[:, slot, None] * slots[:, slot].astype(jnp.float32)
-        total += jnp.where(valid[:, slot, None], row, 0.0)
-    return total.astype(jnp.bfloat16)

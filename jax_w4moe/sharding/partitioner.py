@@ -12,7 +12,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_w4moe import varying
-from jax_w4moe.sharding.placement import EXCHANGES, Placement, Tokens, axes_at, rows_spec
+from jax_w4moe.sharding.placement import (
+    Placement,
+    Tokens,
+    axes_at,
+    is_alike,
+    rows_spec,
+    sharding_of,
+)
 from jax_w4moe.sharding.specs import ROW_BLOCKS, expert_specs, like
 from jax_w4moe.types import PackedExperts, PackedTensor
 
@@ -22,7 +29,7 @@ def is_partitioned(experts: PackedExperts) -> bool:
     data = experts.w13.data if isinstance(experts, PackedExperts) else None
     if not isinstance(data, jax.core.Tracer) or varying.is_typed():
         return False
-    mesh = jax.typeof(data).sharding.mesh
+    mesh = sharding_of(data).mesh
     return bool(mesh.size > 1 and AxisType.Explicit not in mesh.axis_types)
 
 
@@ -69,8 +76,7 @@ def _partitioned(
 
     @custom_partitioning
     def whole(*leaves: Array) -> Array:
-        alone = Placement(None, None, (), EXCHANGES[0])
-        return run(alone)(*jax.tree.unflatten(tree, leaves))
+        return run(Placement())(*jax.tree.unflatten(tree, leaves))
 
     def partition(mesh: Any, arguments: Any, _: Any) -> Any:
         found = [argument.sharding for argument in arguments]
@@ -102,9 +108,8 @@ def _found(x: P, w13: P, w2: P) -> Placement:
     if all(len(found) <= 1 for found in axes):
         expert, tensor = (found[0] if found else None for found in axes)
         wanted = expert_specs(expert, tensor)
-        specs = ((w13, wanted.w13.data), (w2, wanted.w2.data))
-        if all(axes_at(one, d) == axes_at(other, d) for one, other in specs for d in range(4)):  # type: ignore[arg-type]
-            return Placement(expert, tensor, axes_at(x, 0), EXCHANGES[0])
+        if is_alike(w13, wanted.w13.data) and is_alike(w2, wanted.w2.data):
+            return Placement(expert, tensor, axes_at(x, 0))
     raise ValueError(
         f"jax_w4moe.fused_moe: w13 is spread as {w13} and w2 as {w2}, so that weights would be"
         " gathered; place them with shard_experts, or name expert_axis and tensor_axis."

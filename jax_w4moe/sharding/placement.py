@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -30,10 +31,10 @@ class Placement:
       exchange: one of ``EXCHANGES``.
     """
 
-    expert_axis: str | None
-    tensor_axis: str | None
-    token_axes: tuple[str, ...]
-    exchange: str
+    expert_axis: str | None = None
+    tensor_axis: str | None = None
+    token_axes: tuple[str, ...] = ()
+    exchange: str = EXCHANGES[0]
 
     @property
     def model_axes(self) -> tuple[str, ...]:
@@ -47,15 +48,44 @@ class Placement:
 
 
 def axes_at(spec: P, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that a dimension is spread over."""
     entry = spec[dimension] if dimension < len(spec) else None
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def is_alike(one: Any, other: Any) -> bool:
+    """Whether two specs spread all dimensions over the same axes."""
+    dimensions = range(max(len(one), len(other)))
+    return all(axes_at(one, d) == axes_at(other, d) for d in dimensions)
+
+
 def rows_spec(placement: Placement) -> P:
+    """Of arrays with a row per token."""
     return P(placement.token_axes or None)
 
 
-def unknown_axis(name: str, axis: str, names: Sequence[str]) -> str:
-    return f"{name}={axis!r} is not an axis of the mesh; its axes are {', '.join(names) or 'none'}."
+def sharding_of(array: Array) -> Any:
+    """What JAX knows of an array's sharding: its type's, while it is traced."""
+    if isinstance(array, jax.core.Tracer):
+        return jax.typeof(array).sharding
+    return getattr(array, "sharding", None)
+
+
+def check_model_axes(expert_axis: str | None, tensor_axis: str | None) -> None:
+    """Refuses one axis under both names."""
+    if expert_axis is not None and expert_axis == tensor_axis:
+        raise ValueError(
+            f"expert_axis and tensor_axis are both {expert_axis!r}; name two axes of the mesh, or"
+            " leave one out."
+        )
+
+
+def check_in_mesh(mesh: Any, **axes: str | Sequence[str] | None) -> None:
+    """Refuses axes that a mesh does not have."""
+    for name, value in axes.items():
+        for axis in (value,) if isinstance(value, str) else value or ():
+            if axis not in mesh.axis_names:
+                own = ", ".join(mesh.axis_names) or "none"
+                raise ValueError(f"{name}={axis!r} is not an axis of the mesh; its axes are {own}.")

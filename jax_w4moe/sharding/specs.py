@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_w4moe import checks
 from jax_w4moe.formats.layout import BLOCK_K, round_up
-from jax_w4moe.sharding.placement import unknown_axis
+from jax_w4moe.sharding.placement import check_in_mesh, check_model_axes
 from jax_w4moe.types import PackedExperts, PackedTensor
 
 ROW_BLOCKS = 4  # of w13, for a K-block of w2: 128 of I, gate and up, in blocks of 64 rows
@@ -74,14 +74,8 @@ def shard_experts(
       ValueError: an axis that is not in the mesh, or the same axis twice.
       TypeError: something other than packed experts.
     """
-    for name, axis in (("expert_axis", expert_axis), ("tensor_axis", tensor_axis)):
-        if axis is not None and axis not in mesh.axis_names:
-            raise ValueError(unknown_axis(name, axis, mesh.axis_names))
-    if expert_axis is not None and expert_axis == tensor_axis:
-        raise ValueError(
-            f"expert_axis and tensor_axis are both {expert_axis!r}; name two axes of the mesh, or"
-            " leave one out."
-        )
+    check_in_mesh(mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    check_model_axes(expert_axis, tensor_axis)
     checks.packed_shards(experts)
     num_experts = round_up(experts.num_experts, mesh.shape[expert_axis] if expert_axis else 1)
     blocks = round_up(

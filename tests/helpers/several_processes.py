@@ -13,12 +13,13 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_w4moe as w4
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
+from tests.helpers.meshes import make_mesh, named
 
 E, H, I, K, T = 6, 64, 256, 3, 16  # noqa: E741
 
@@ -36,16 +37,16 @@ def main(number: int, count: int, port: int) -> None:
     jax.distributed.initialize(
         f"127.0.0.1:{port}", num_processes=count, process_id=number, initialization_timeout=60
     )
-    devices = np.array(jax.devices())
-    assert len(devices) == 4 * count or jax.default_backend() != "cpu"
+    devices = jax.device_count()
+    assert devices == 4 * count or jax.default_backend() != "cpu"
     rng = np.random.default_rng(0)
     experts = w4.pack_experts(data.expert_weights(rng, E, H, I, bias=True))
     x, (ids, weights) = data.tokens(rng, T, H), data.routing(rng, "random", T, E, K)
     one = np.asarray(w4.fused_moe(x, experts, ids, weights))
-    cases = [((devices.size, 1), "slot_rows"), ((devices.size // 2, 2), "partial_sums")]
+    cases = [((devices, 1), "slot_rows"), ((devices // 2, 2), "partial_sums")]
     for shape, exchange in cases:
-        mesh = Mesh(devices.reshape(shape), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)
-        axes = {f"{name}_axis": name for name in mesh.axis_names if mesh.shape[name] > 1}
+        mesh = make_mesh(shape)
+        axes = named(mesh)
         placed = w4.shard_experts(experts, mesh, **axes)
         for token_axes in ((), ("expert",)):
             rows = NamedSharding(mesh, P(token_axes or None))

@@ -16,6 +16,7 @@ import jax_w4moe as w4
 from jax_w4moe.formats.layout import RECORD_BYTES
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
+from tests.helpers.meshes import AXES, make_mesh, named
 from tests.helpers.slices import sum_of_slices
 
 E, H, I, K, T = 6, 64, 256, 3, 16  # noqa: E741
@@ -24,12 +25,6 @@ LOCAL_SCALES = 1e-2  # against the same slices; against one device FP8 scales of
 ONE_DEVICE = 2e-2
 
 MESHES = [(2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2)]
-AXES = ("expert", "tensor")
-
-
-def make_mesh(shape: tuple[int, ...], kind: AxisType = AxisType.Auto, axes: Any = AXES) -> Mesh:
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, axes, axis_types=(kind,) * len(shape), devices=devices)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +48,6 @@ def tokens() -> tuple[jax.Array, ...]:
 def one_device(tokens: tuple[jax.Array, ...], experts: w4.PackedExperts) -> np.ndarray:
     x, ids, weights = tokens
     return np.asarray(w4.fused_moe(x, experts, ids, weights))
-
-
-def named(mesh: Mesh) -> dict[str, str]:
-    """The axes of a mesh that have more than one device, as arguments."""
-    sizes = {f"{axis}_axis": axis for axis in AXES if mesh.shape[axis] > 1}
-    return sizes
 
 
 def spread(

@@ -5,27 +5,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_w4moe as w4
 from jax_w4moe import _ffi
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
+from tests.helpers.meshes import make_mesh, named
 from tests.helpers.slices import sum_of_slices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpus")]
 
 E, H, I, K = 16, 512, 512, 4  # noqa: E741
-
-
-def gpus(shape: tuple[int, int]) -> Mesh:
-    count = int(np.prod(shape))
-    devices = jax.devices()
-    if len(devices) < count:
-        pytest.skip(f"{count} GPUs are needed, here are {len(devices)}.")
-    grid = np.array(devices[:count]).reshape(shape)
-    return Mesh(grid, ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +38,7 @@ def test_kernels_on_several_gpus(
     canonical: w4.ExpertWeights,
     experts: w4.PackedExperts,
 ) -> None:
-    mesh = gpus(shape)
+    mesh = make_mesh(shape)
     rng = np.random.default_rng(1)
     x = data.tokens(rng, num_tokens, H)
     ids, weights = data.routing(rng, "random", num_tokens, E, K)
@@ -55,9 +47,7 @@ def test_kernels_on_several_gpus(
         expected = np.asarray(w4.fused_moe(x, experts, ids, weights, implementation="cuda_sm90"))
     else:
         expected = sum_of_slices(canonical, (x, ids, weights), shape[1])
-    axes: dict[str, Any] = {
-        f"{name}_axis": name for name in mesh.axis_names if mesh.shape[name] > 1
-    }
+    axes: dict[str, Any] = {**named(mesh)}
     placed = w4.shard_experts(experts, mesh, **axes)
     exchanges = ["partial_sums"] if shape[1] > 1 else ["slot_rows", "partial_sums"]
     for token_axes in ((), tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)):
