@@ -3,6 +3,7 @@
 Only shapes, dtypes and static values are read, so all of it works on tracers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -155,6 +156,23 @@ def layout_version(name: str, version: int) -> None:
         raise ValueError(
             f"{name}: packed with layout version {version}, this library reads version"
             f" {LAYOUT_VERSION}; pack the canonical weights again."
+        )
+
+
+def layout(name: str, found: Sequence[int], sizes: tuple[int, int, int]) -> None:
+    """Refuses stored weights of another layout version, or of another layer.
+
+    Args:
+      name: whose weights.
+      found: what was stored with them: version, E, H, I.
+      sizes: the layer's own E, H, I.
+    """
+    layout_version(name, found[0])
+    if tuple(found[1:]) != sizes:
+        names = " ".join(f"{n}={size}" for n, size in zip("EHI", sizes, strict=True))
+        raise ValueError(
+            f"{name}: the stored weights have E={found[1]} H={found[2]} I={found[3]}, the layer"
+            f" has {names}; make the layer of the checkpoint's sizes."
         )
 
 

@@ -95,8 +95,9 @@ def bench(
         bool, typer.Option("--stack", help="Only 40 layers in one program, per layer.")
     ] = False,
     spread: Annotated[
-        bool, typer.Option("--spread", help="Only a layer over all devices, EP and TP.")
+        bool, typer.Option("--spread", help="Only a layer over several devices, EP and TP.")
     ] = False,
+    devices: Annotated[int, typer.Option(help="Of --spread; 0: all.")] = 0,
 ) -> None:
     """Times MoE layers against their floor and other libraries. Options may be repeated."""
     from jax_w4moe.bench import command
@@ -109,7 +110,7 @@ def bench(
             command.stack(shape or ("flash",), tokens or ())
             return
         if spread:
-            command.spread(shape or ("flash",), tokens or ())
+            command.spread(shape or ("flash",), tokens or (), devices)
             return
         unchanged = command.run(
             shapes=shape or (),

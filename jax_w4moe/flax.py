@@ -1,5 +1,6 @@
 """Flax NNX layers holding packed 4-bit experts."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Self, cast
@@ -19,7 +20,7 @@ from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import pack_experts, quantize_experts
 from jax_w4moe.routing import topk_routing
-from jax_w4moe.sharding import shard_experts
+from jax_w4moe.sharding import put, shard_experts
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -282,24 +283,25 @@ class FusedMoE(nnx.Module):
             )
         )
         everywhere = NamedSharding(mesh, PartitionSpec())
-        nnx.update(self.router, jax.device_put(nnx.state(self.router), everywhere))
+        router = nnx.state(self.router)
+        nnx.update(self.router, jax.tree.map(lambda array: put(array, everywhere), router))
+        self.layout.set_value(put(self.layout.get_value(), everywhere))
 
     @property
     def experts(self) -> PackedExperts:
         """The packed experts, for the functional ops."""
-        inexact = self.inexact_groups[...]
         num_experts, hidden, intermediate = self.sizes
         w13 = PackedTensor(
-            self.w13[...],
-            inexact[0],
+            self.w13.get_value(),
+            self.w13_inexact_groups.get_value(),
             self.format,
             (num_experts, 2 * intermediate, hidden),
             "gate_up",
             LAYOUT_VERSION,
         )
         w2 = PackedTensor(
-            self.w2[...],
-            inexact[1],
+            self.w2.get_value(),
+            self.w2_inexact_groups.get_value(),
             self.format,
             (num_experts, hidden, intermediate),
             "canonical",
@@ -313,18 +315,20 @@ class FusedMoE(nnx.Module):
         return self.sizes[1]
 
     def check_restored(self) -> None:
-        """Checks the layout version and the exactness of weights that came from a file.
+        """Checks weights that came from a file: their layout version, their sizes, exactness.
 
         Called by :func:`restore`, and by every call of the layer outside ``jit``.
 
         Raises:
-          ValueError: the weights were packed with another layout version, or not exactly.
+          ValueError: the weights are another layer's, or were packed with another layout version,
+            or not exactly.
         """
-        version = self.layout_version[...]
-        if isinstance(version, jax.core.Tracer | jax.ShapeDtypeStruct):
+        layout = self.layout.get_value()
+        if isinstance(layout, jax.core.Tracer | jax.ShapeDtypeStruct):
             return
-        checks.layout_version("FusedMoE", int(version))
-        checks.exact("FusedMoE", int(np.sum(self.inexact_groups[...])))
+        checks.layout("FusedMoE", np.asarray(layout).tolist(), self.sizes)
+        groups = (self.w13_inexact_groups, self.w2_inexact_groups)
+        checks.exact("FusedMoE", sum(int(np.sum(counts.get_value())) for counts in groups))
 
     def _set_experts(self, experts: PackedExperts) -> None:
         self.format = experts.format
@@ -333,10 +337,9 @@ class FusedMoE(nnx.Module):
         self.w2 = PackedWeight(experts.w2.data)
         self.w13_bias = _variable(experts.w13_bias)
         self.w2_bias = _variable(experts.w2_bias)
-        self.inexact_groups = PackedWeight(
-            jnp.stack([experts.w13.inexact_groups, experts.w2.inexact_groups])
-        )
-        self.layout_version = PackedWeight(jnp.int32(experts.w13.layout_version))
+        self.w13_inexact_groups = PackedWeight(experts.w13.inexact_groups)
+        self.w2_inexact_groups = PackedWeight(experts.w2.inexact_groups)
+        self.layout = PackedWeight(jnp.asarray([experts.w13.layout_version, *self.sizes]))
 
 
 def save(path: str | os.PathLike[str], module: nnx.Module) -> None:
@@ -353,17 +356,31 @@ def save(path: str | os.PathLike[str], module: nnx.Module) -> None:
 def restore(path: str | os.PathLike[str], module: nnx.Module) -> None:
     """Reads what :func:`save` wrote into a module of the same structure, in place.
 
+    Packed weights restore onto any mesh, whichever they were saved from: what was appended for one
+    is dropped, what the other one needs is appended. With an abstract module every process reads
+    the parts of its own devices only::
+
+        model = nnx.eval_shape(lambda: Model(...))
+        for layer in model.layers:
+            layer.moe.shard(mesh)
+        restore(path, model)
+
     Args:
       path: the folder.
       module: the module, possibly abstract (``nnx.eval_shape``); its arrays' shardings are kept.
 
     Raises:
-      ValueError: a layer's weights were packed with another layout version, or not exactly. The
-        module is then left as it was.
+      ValueError: an array has another shape, or a layer's weights are another layer's, or were
+        packed with another layout version, or not exactly. The module is then left as it was.
     """
     state = nnx.state(module)
     with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(os.path.abspath(path), nnx.to_pure_dict(state))
+        saved = checkpointer.metadata(os.path.abspath(path)).item_metadata
+        _check_shapes(saved.tree, state)
+        # Not strict: arrays are cut, or filled up with zeros, to the shapes of the module.
+        restored = checkpointer.restore(
+            os.path.abspath(path), nnx.to_pure_dict(state), strict=False
+        )
     graphdef = nnx.graphdef(module)
     nnx.replace_by_pure_dict(state, restored)
     for _, part in nnx.iter_graph(nnx.merge(graphdef, state)):
@@ -372,12 +389,25 @@ def restore(path: str | os.PathLike[str], module: nnx.Module) -> None:
     nnx.update(module, state)
 
 
+def _check_shapes(saved: Any, state: nnx.State) -> None:
+    """Only packed weights may be cut or filled up; ``check_restored`` sees to those."""
+    for path, variable in nnx.to_flat_state(state):
+        if not isinstance(variable, PackedWeight):
+            found: Any = functools.reduce(lambda tree, key: tree[str(key)], path, saved)
+            own = variable.get_value()
+            if tuple(found.shape) != own.shape:
+                raise ValueError(
+                    f"{'.'.join(map(str, path))}: shape {tuple(found.shape)} in the checkpoint,"
+                    f" {own.shape} in the module; make the module of the checkpoint's sizes."
+                )
+
+
 def _variable(array: Array | None) -> PackedWeight | None:
     return None if array is None else PackedWeight(array)
 
 
 def _value(variable: PackedWeight | None) -> Array | None:
-    return None if variable is None else variable[...]
+    return None if variable is None else variable.get_value()
 
 
 def _random_experts(

@@ -15,7 +15,7 @@ from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
 from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
-from jax_w4moe.quantization import PerToken, quantize_per_token
+from jax_w4moe.quantization import PerToken, quantize_per_token, round_to_bf16
 from jax_w4moe.sharding import Tokens
 from jax_w4moe.transforms import transformable
 from jax_w4moe.tuning import Problem, Tactic
@@ -23,6 +23,7 @@ from jax_w4moe.types import PackedExperts, PackedTensor
 
 _SWIGLU = SwiGLU()
 _PER_TOKEN = PerToken()
+_BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 def fused_moe(
@@ -70,9 +71,11 @@ def fused_moe(
         that say so, None means none. They may contain the two above. Inside the caller's own
         shard_map, where arrays are this device's parts, None means what their types say.
       mesh: of these axes; None takes that of the context, else of the weights.
-      exchange: "partial_sums" (one row per token and device is exchanged, and summed in f32 in the
-        order of the devices) or "slot_rows" (one per token and slot, combined at home; with
-        expert_axis alone bitwise what one device gives). None is "partial_sums".
+      exchange: "partial_sums" (every device sees all tokens, and one row per token and device is
+        exchanged and summed in f32 in the order of the devices); "dispatch" (the same bits, but
+        tokens are sent only to devices that hold an expert of theirs); "slot_rows" (a row per token
+        and slot is exchanged, and combined at home; with expert_axis alone bitwise what one device
+        gives). None is "dispatch" where that sends much less, else "partial_sums".
       implementation: None (the kernels on a Hopper GPU, XLA elsewhere), "xla" or "cuda_sm90"; a
         forced one never falls back.
       tactic: how the kernels go about it (:func:`jax_w4moe.tactics`); None chooses by what was
@@ -301,6 +304,7 @@ def _fused_moe(
     activation: SwiGLU,
     act_dtype: jnp.dtype,
     tactic: Tactic | None,
+    slot_dtype: Any = _BFLOAT16,
 ) -> Any:
     def xla(tokens: Tokens, experts: PackedExperts) -> Array:
         return reference.fused_moe(
@@ -312,6 +316,7 @@ def _fused_moe(
             activation=activation,
             act_dtype=act_dtype,
             mode="mirrored",
+            slot_dtype=slot_dtype,
         )
 
     def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
@@ -384,29 +389,45 @@ def _spread_run(
     placement: sharding.Placement,
 ) -> Callable[[Tokens, PackedExperts], Array]:
     """What a device does of the layer, exchange included."""
+    is_fp8 = act_dtype == jnp.float8_e4m3fn
     layer = _fused_moe(choice, activation, act_dtype, tactic)
+    # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
+    # the slices' own scales differ from one device's by more than that.
+    is_rounded_late = placement.tensor_axis is not None and not is_fp8
+    slot_dtype = jnp.dtype(jnp.float32 if is_rounded_late else jnp.bfloat16)
+    slot_layer = _fused_moe(choice, activation, act_dtype, tactic, slot_dtype)
 
-    def gathered(tokens: Tokens) -> Tokens:
-        if placement.gathered_axes and tokens.x_scale is None and act_dtype == jnp.float8_e4m3fn:
+    def run(tokens: Tokens, experts: PackedExperts) -> Array:
+        part = sharding.local_part(experts, placement)
+        topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
+        if placement.gathered_axes and tokens.x_scale is None and is_fp8:
             x, x_scale = implementations.run(
                 choice, quantize_fp8_cuda, quantize_per_token, tokens.x
             )
             tokens = tokens._replace(x=x, x_scale=x_scale)
-        everyone: Tokens = sharding.gather(tokens, placement)
-        return everyone
 
-    def run(tokens: Tokens, experts: PackedExperts) -> Array:
-        part = sharding.local_part(experts, placement)
-        everyone = gathered(tokens)
-        ids = sharding.local_ids(everyone.topk_ids, experts, placement)
-        everyone = everyone._replace(topk_ids=ids)
-        if placement.exchange == "partial_sums":
-            return sharding.bring_home(layer(everyone, part), placement)
-        slots = layer(sharding.as_slots(everyone), part).reshape(ids.shape[0], -1)
-        slots = sharding.bring_home(slots, placement).reshape(*tokens.topk_ids.shape, -1)
-        valid = sharding.is_expert(tokens.topk_ids, experts)
-        y = reference.combine(lambda slot: slots[:, slot], valid, tokens.topk_weights)
-        return y.astype(jnp.bfloat16)
+        def local(tokens: Tokens) -> Tokens:
+            return tokens._replace(topk_ids=sharding.local_ids(tokens.topk_ids, experts, placement))
+
+        def partial_sums(tokens: Tokens) -> Array:
+            return layer(local(tokens), part)
+
+        if placement.exchange == sharding.SLOT_ROWS:
+            everyone = sharding.gather(tokens, placement)
+            slots = slot_layer(sharding.as_slots(local(everyone)), part)
+            slots = slots.reshape(everyone.topk_ids.shape[0], -1)
+            slots = sharding.bring_home(slots, placement)
+            if is_rounded_late:
+                slots = round_to_bf16(slots)
+            slots = slots.reshape(*topk_ids.shape, -1)
+            valid = sharding.is_expert(topk_ids, experts)
+            y = reference.combine(lambda slot: slots[:, slot], valid, topk_weights)
+            return y.astype(jnp.bfloat16)
+        if sharding.is_dispatched(placement, *topk_ids.shape):
+            owners = sharding.owners(topk_ids, experts)
+            sums = sharding.dispatched(partial_sums, tokens, owners, placement)
+            return sharding.add(sums, jnp.bfloat16, placement)
+        return sharding.bring_home(partial_sums(sharding.gather(tokens, placement)), placement)
 
     return run
 

@@ -33,7 +33,7 @@ Mode = Literal["exact", "mirrored"]
 _BLOCK = 16  # rows per matrix product; a constant, so that results cannot depend on the batch
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "act_dtype", "mode"))
+@functools.partial(jax.jit, static_argnames=("activation", "act_dtype", "mode", "slot_dtype"))
 def fused_moe(
     x: Array,
     experts: PackedExperts | ExpertWeights,
@@ -44,6 +44,7 @@ def fused_moe(
     activation: SwiGLU = SwiGLU(),  # noqa: B008 - frozen
     act_dtype: Any = jnp.float8_e4m3fn,
     mode: Mode = "exact",
+    slot_dtype: Any = jnp.bfloat16,
 ) -> Array:
     """An MoE layer after its router; the arrays are as in :func:`jax_w4moe.fused_moe`.
 
@@ -56,21 +57,23 @@ def fused_moe(
       activation: the gated activation.
       act_dtype: float8_e4m3fn, or bfloat16 to leave out R1 and R4; "exact" mode ignores it.
       mode: "exact" or "mirrored".
+      slot_dtype: of the result; float32 leaves the roundings of R5 and R6 to the caller, who has
+        only a part of the slots or of K.
 
     Returns:
-      bf16[T, H].
+      [T, H] in slot_dtype.
     """
     experts = _packed(experts)
     if x.shape[0] == 0:
-        return jnp.zeros(x.shape, jnp.bfloat16)
+        return jnp.zeros(x.shape, slot_dtype)
     routes = _routes(topk_ids, experts.w13.data.shape[0])
     values, scale = _activations(x, x_scale, act_dtype, mode)
 
     def slots(expert: _Expert, token: Array) -> Array:
-        return _mlp(expert, values[token], scale[token], activation, act_dtype, mode)
+        return _mlp(expert, values[token], scale[token], activation, act_dtype, mode, slot_dtype)
 
     rows = _by_expert(experts, slots, routes.token, routes.groups)
-    return _combine(rows, routes, topk_weights).astype(jnp.bfloat16)
+    return _combine(rows, routes, topk_weights).astype(slot_dtype)
 
 
 @functools.partial(jax.jit, static_argnames="activation")
@@ -286,6 +289,7 @@ def _mlp(
     activation: SwiGLU,
     act_dtype: Any,
     mode: Mode,
+    slot_dtype: Any = jnp.bfloat16,
 ) -> Float[Array, "B H"]:
     gate, up = jnp.split(_matmul(x, expert.w13) * x_scale + expert.w13_bias, 2, axis=-1)  # R2
     h = activation(gate, up)
@@ -295,7 +299,7 @@ def _mlp(
         h, h_scale = quantize_per_token(round_to_bf16(h))  # R3, R4
     else:
         h, h_scale = round_to_bf16(h), jnp.ones_like(x_scale)  # R3
-    return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(jnp.bfloat16)  # R5
+    return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(slot_dtype)  # R5
 
 
 def _exact_mlp(expert: _Expert, x: Float32[Array, "B H"], activation: SwiGLU) -> Array:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 CALLS = 12  # of a program, at least
 SECONDS = 0.02  # of a measurement, about
@@ -69,6 +71,8 @@ class Program:
             programs, or of 2 ms; without a pause it is 20 ms of programs back to back.
         """
         programs = max(2, min(50, round((SECONDS / 10 if pause_s else SECONDS) / self._once)))
+        if jax.process_count() > 1:  # all processes must run as many
+            programs = int(multihost_utils.broadcast_one_to_all(np.int32(programs)))
         times = []
         for _ in range(repeats):
             if pause_s:

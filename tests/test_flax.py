@@ -62,7 +62,7 @@ def test_jit_split_and_merge(x: jax.Array) -> None:
     assert_bitwise(jax.jit(lambda m, x: m(x))(layer, x), expected)
     graphdef, params, packed = nnx.split(layer, nnx.Param, w4flax.PackedWeight)
     assert set(params) == {"router"}
-    assert set(packed) >= {"w13", "w2", "w13_bias", "w2_bias", "layout_version"}
+    assert set(packed) >= {"w13", "w2", "w13_bias", "w2_bias", "layout"}
     call = jax.jit(lambda p, q, x: nnx.merge(graphdef, p, q)(x))
     assert_bitwise(call(params, packed, x), expected)
 
@@ -116,7 +116,7 @@ def test_save_and_restore(tmp_path: pathlib.Path, x: jax.Array) -> None:
 def test_restore_refuses_another_layout_version(tmp_path: pathlib.Path, x: jax.Array) -> None:
     old, layer = _layer(), _layer(seed=1)
     expected = layer(x)
-    old.layout_version.set_value(jnp.int32(7))
+    old.layout.set_value(old.layout[...].at[0].set(7))
     w4flax.save(tmp_path / "old", old)
     sentence = "FusedMoE: packed with layout version 7, this library reads version 1; pack the"
     with pytest.raises(ValueError, match=sentence):
@@ -128,7 +128,7 @@ def test_restore_refuses_another_layout_version(tmp_path: pathlib.Path, x: jax.A
 
 def test_restore_refuses_inexact_weights(tmp_path: pathlib.Path) -> None:
     layer = _layer()
-    layer.inexact_groups.set_value(layer.inexact_groups[...].at[0, 2].set(3))
+    layer.w2_inexact_groups.set_value(layer.w2_inexact_groups[...].at[2].set(3))
     w4flax.save(tmp_path / "inexact", layer)
     with pytest.raises(ValueError, match="3 scale groups were packed inexactly, need 0; pack"):
         w4flax.restore(tmp_path / "inexact", _layer())
@@ -150,7 +150,8 @@ def test_layers_inside_a_model_are_restored_and_checked(
     w4flax.save(tmp_path / "model", model)
     w4flax.restore(tmp_path / "model", other)
     assert_bitwise(other(x), model(x))
-    model.blocks[1].layout_version.set_value(jnp.int32(7))
+    layout = model.blocks[1].layout
+    layout.set_value(layout[...].at[0].set(7))
     w4flax.save(tmp_path / "old", model)
     with pytest.raises(ValueError, match="layout version 7"):
         w4flax.restore(tmp_path / "old", other)
@@ -162,10 +163,65 @@ def test_layer_on_a_mesh(x: jax.Array) -> None:
     mesh = jax.make_mesh(
         (4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
     )
+    for forward in (lambda layer, x: layer(x), nnx.jit(lambda layer, x: layer(x))):
+        with pytest.raises(ValueError, match="they lie on one device, .* place them with"):
+            forward(layer, x)
     layer.shard(mesh)
     assert layer.w13[...].shape[0] == 8
     forward = nnx.jit(lambda layer, x: layer(x))
     assert_bitwise(forward(layer, x), forward(_layer(), x))
+
+
+def _mesh(size: int) -> jax.sharding.Mesh:
+    return jax.make_mesh(
+        (size,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:size]
+    )
+
+
+def test_weights_restore_onto_any_mesh(tmp_path: pathlib.Path) -> None:
+    """gpt-oss's I = 2880 is 23 blocks of 128, on four devices 24; five experts are eight there."""
+
+    def make(**axes: str) -> w4flax.FusedMoE:
+        options = {"num_experts": E, "top_k": K, "use_expert_bias": True, **axes}
+        return w4flax.FusedMoE(64, 2880, rngs=nnx.Rngs(0), **options)
+
+    one = make()
+    one.w2_bias.set_value(one.w2_bias[...] + 1)
+    w4flax.save(tmp_path / "one", one)
+    for axis, shape in (("tensor_axis", (E, 1, 24)), ("expert_axis", (8, 1, 23))):
+        many = nnx.eval_shape(lambda axis=axis: make(**{axis: "model"}))
+        many.shard(_mesh(4))
+        w4flax.restore(tmp_path / "one", many)
+        assert many.w2[...].shape[:3] == shape
+        placed = w4.shard_experts(one.experts, _mesh(4), **{axis: "model"})
+        jax.tree.map(assert_bitwise, many.experts, placed)
+        assert jax.tree.map(lambda a: a.sharding, many.experts) == jax.tree.map(
+            lambda a: a.sharding, placed
+        )
+        w4flax.save(tmp_path / axis, many)
+        two = make(**{axis: "model"})
+        two.shard(_mesh(2))
+        w4flax.restore(tmp_path / axis, two)
+        jax.tree.map(
+            assert_bitwise,
+            two.experts,
+            w4.shard_experts(one.experts, _mesh(2), **{axis: "model"}),
+        )
+        back = make()
+        w4flax.restore(tmp_path / axis, back)
+        jax.tree.map(assert_bitwise, back.experts, one.experts)
+
+
+def test_restore_refuses_another_layer(tmp_path: pathlib.Path) -> None:
+    w4flax.save(tmp_path / "layer", _layer())
+    larger = w4flax.FusedMoE(H, I + 32, num_experts=E, top_k=K, use_router_bias=True,
+                             use_expert_bias=True, rngs=nnx.Rngs(0))  # fmt: skip
+    with pytest.raises(ValueError, match="have E=5 H=96 I=64, the layer has E=5 H=96 I=96; make"):
+        w4flax.restore(tmp_path / "layer", larger)
+    more = w4flax.FusedMoE(H, I, num_experts=E + 1, top_k=K, use_router_bias=True,
+                           use_expert_bias=True, rngs=nnx.Rngs(0))  # fmt: skip
+    with pytest.raises(ValueError, match=r"router.bias: shape \(5,\) in the checkpoint, \(6,\) in"):
+        w4flax.restore(tmp_path / "layer", more)
 
 
 def test_refusals() -> None:

@@ -136,27 +136,41 @@ def stack(
 
 
 def spread(
-    shapes: Sequence[str], num_tokens: Sequence[int] = (), console: Console | None = None
+    shapes: Sequence[str],
+    num_tokens: Sequence[int] = (),
+    devices: int = 0,
+    console: Console | None = None,
 ) -> None:
-    """Measures and prints what a layer takes on all devices of this process.
+    """Measures and prints what a layer takes on several devices.
+
+    Args:
+      shapes: names of layers.
+      num_tokens: of a device, by default ``spread.NUM_TOKENS``.
+      devices: how many, of all processes; 0 means all.
+      console: where to print.
 
     Raises:
-      ValueError: one device only.
+      ValueError: one device only, or more than there are.
       RuntimeError: as :func:`named_shapes`.
     """
     console = console or Console()
-    devices = jax.device_count()
-    if devices < 2:
-        raise ValueError(f"--spread needs several devices, here is {devices}; use more.")
+    there = jax.device_count()
+    devices = devices or there
+    if not 2 <= devices <= there:
+        raise ValueError(f"--spread over {devices} devices, here are {there}; use 2 to {there}.")
     for shape in map(spreads.whole, named_shapes(shapes)):
         for kind in spreads.KINDS:
+            layer = spreads.Layer(shape, kind, devices)
             for count in num_tokens or spreads.NUM_TOKENS:
-                cell = spreads.measure(shape, kind, devices, count)
+                cell = layer.measure(count)
+                others = {"bf16 sent": cell.bf16_us, "dispatched": cell.dispatch_us}
                 console.print(
                     f"{shape.name}, {kind} axis of {devices}, {count} tokens a device:"
                     f" {cell.layer_us:.1f} us, of which {cell.compute_us:.1f} us are local work"
                     f" and {cell.layer_us - cell.compute_us:.1f} us exchange"
-                    f" ({cell.compute_us / cell.layer_us:.0%} efficiency).",
+                    f" ({cell.compute_us / cell.layer_us:.0%} efficiency)"
+                    + "".join(f"; {name} {us:.1f} us" for name, us in others.items() if us)
+                    + ".",
                     soft_wrap=True,
                 )
 

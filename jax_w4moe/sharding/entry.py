@@ -13,13 +13,16 @@ from jax.sharding import PartitionSpec as P
 from jax_w4moe import varying
 from jax_w4moe.formats.layout import BLOCK_K, round_up
 from jax_w4moe.sharding.placement import (
+    DISPATCH,
     EXCHANGES,
+    PARTIAL_SUMS,
     Placement,
     Tokens,
     axes_at,
     check_in_mesh,
     check_model_axes,
     is_alike,
+    put,
     rows_spec,
     sharding_of,
 )
@@ -54,7 +57,6 @@ def place(
     check_model_axes(expert_axis, tensor_axis)
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown; use one of {', '.join(EXCHANGES)}.")
-    exchange = exchange or EXCHANGES[0]
     around = jax.sharding.get_abstract_mesh()
     manual = set(around.manual_axes)
     inside = [axis for axis in model if axis in manual]
@@ -69,13 +71,13 @@ def place(
     if inside:
         if token_axes is None:
             token_axes = _varying_axes(x, experts, model)
-        return Placement(expert_axis, tensor_axis, tuple(token_axes), exchange), None
+        return _placement(expert_axis, tensor_axis, token_axes, exchange), None
 
     mesh = mesh if mesh is not None else _mesh_around(around, experts)
     check_in_mesh(mesh, expert_axis=expert_axis, tensor_axis=tensor_axis, token_axes=token_axes)
     if token_axes is None:
         token_axes = _spec_axes(x, mesh)
-    placement = Placement(expert_axis, tensor_axis, tuple(token_axes), exchange)
+    placement = _placement(expert_axis, tensor_axis, token_axes, exchange)
     _check_sharded(experts, placement, mesh)
     parts = math.prod(mesh.shape[axis] for axis in placement.token_axes)
     if x.shape[0] % parts:
@@ -84,6 +86,23 @@ def place(
             f"{placement.token_axes}); pad T to {round_up(x.shape[0], parts)} with ids of -1."
         )
     return placement, mesh
+
+
+def _placement(
+    expert_axis: str | None,
+    tensor_axis: str | None,
+    token_axes: Sequence[str],
+    exchange: str | None,
+) -> Placement:
+    placement = Placement(expert_axis, tensor_axis, tuple(token_axes), exchange)
+    if exchange == DISPATCH and not placement.can_dispatch:
+        raise ValueError(
+            f"exchange={exchange!r} sends tokens to the devices of the expert axis that hold their"
+            f" experts; with expert_axis={expert_axis!r} and token_axes={placement.token_axes} it"
+            " cannot: spread tokens over the expert axis and not over the tensor axis, or take"
+            f" {PARTIAL_SUMS!r}, which gives the same bits."
+        )
+    return placement
 
 
 def refuse_spread(experts: PackedExperts) -> None:
@@ -113,7 +132,7 @@ def run(
         _check_local(experts, placement)
         return op(tokens, experts)
     sharding = NamedSharding(mesh, rows_spec(placement))
-    tokens = jax.tree.map(lambda array: _resharded(array, sharding), tokens)
+    tokens = jax.tree.map(lambda array: put(array, sharding), tokens)
     y: Array = _mapped(op, placement, mesh)(tokens, experts)
     return y
 
@@ -123,15 +142,6 @@ def _mapped(op: Callable[[Tokens, PackedExperts], Array], placement: Placement, 
     rows = rows_spec(placement)
     specs = (rows, expert_specs(placement.expert_axis, placement.tensor_axis))
     return jax.jit(jax.shard_map(op, mesh=mesh, in_specs=specs, out_specs=rows))
-
-
-def _resharded(array: Array, sharding: NamedSharding) -> Array:
-    """Tokens as they are wanted; on an Auto mesh under jit XLA sees to it."""
-    if not isinstance(array, jax.core.Tracer):
-        return jax.device_put(array, sharding)
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(array, sharding)
-    return array
 
 
 def _mesh_around(around: Any, experts: PackedExperts) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 
 from jax_w4moe import varying
 from jax_w4moe.formats.layout import BLOCK_K, round_up
+from jax_w4moe.quantization import round_to_bf16
 from jax_w4moe.sharding.placement import Placement, Tokens
 from jax_w4moe.types import PackedExperts
 
@@ -41,6 +43,12 @@ def is_expert(topk_ids: Array, experts: PackedExperts) -> Array:
     return (topk_ids >= 0) & (topk_ids < experts.num_experts)
 
 
+def owners(topk_ids: Array, experts: PackedExperts) -> Array:
+    """The device of the expert axis that holds an id's expert; -1 for what is none."""
+    held = experts.w13.data.shape[0]
+    return jnp.where(is_expert(topk_ids, experts), topk_ids // held, -1)
+
+
 def local_ids(topk_ids: Array, experts: PackedExperts, placement: Placement) -> Array:
     """Ids of the experts that this device holds, by their number among them; -1 for all others."""
     valid = is_expert(topk_ids, experts)
@@ -61,16 +69,23 @@ def gather(rows: Any, placement: Placement) -> Any:
     Returns:
       The same tree of [T, n] arrays.
     """
-    axes = placement.gathered_axes
-    if not axes:
+    if not placement.gathered_axes:
         return rows
+    payload, values = as_bytes(rows)
+    return values(jax.lax.all_gather(payload, placement.gathered_axes, tiled=True))
+
+
+def as_bytes(rows: Any) -> tuple[Array, Callable[[Array], Any]]:
+    """A tree of [T, n] arrays as u8[T, bytes], and the way back from any number of rows."""
     leaves, tree = jax.tree.flatten(rows)
-    payload = jnp.concatenate([_bytes(leaf) for leaf in leaves], axis=1)
-    payload = jax.lax.all_gather(payload, axes, tiled=True)
     ends = np.cumsum([leaf.shape[1] * leaf.dtype.itemsize for leaf in leaves])
-    parts = jnp.split(payload, ends[:-1], axis=1)
-    values = [_values(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(tree, values)
+
+    def values(payload: Array) -> Any:
+        parts = jnp.split(payload, ends[:-1], axis=1)
+        own = [_values(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(tree, own)
+
+    return jnp.concatenate([_bytes(leaf) for leaf in leaves], axis=1), values
 
 
 def _bytes(array: Array) -> Array:
@@ -85,40 +100,57 @@ def _values(payload: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(payload.reshape(shape), dtype)
 
 
-def bring_home(parts: Array, placement: Placement) -> Array:
-    """Adds what every device has of a row, in f32, from the first device to the last.
+def to_owners(parts: Array, placement: Placement) -> Array:
+    """What devices have of rows, to the devices whose rows they are: one collective, if any.
 
     Args:
       parts: [T, n], this device's part of all rows.
       placement: the layer's.
 
     Returns:
+      [devices, T_local, n] as integers: the parts of the rows of this device.
+    """
+    axes = placement.gathered_axes
+    devices = math.prod(jax.lax.axis_size(axis) for axis in axes)
+    parts = varying.vary(parts, frozenset(placement.model_axes))
+    stacked = as_bits(parts).reshape(devices, -1, parts.shape[1])
+    return jax.lax.all_to_all(stacked, axes, 0, 0) if axes else stacked
+
+
+def add(stacked: Array, dtype: Any, placement: Placement) -> Array:
+    """Adds what devices have of a row, in f32, from the first device to the last.
+
+    Args:
+      stacked: the result of :func:`to_owners`.
+      dtype: what its integers are.
+      placement: the layer's.
+
+    Returns:
       [T_local, n]; the same on all devices of an axis that tokens are not spread over.
     """
-    spread = placement.gathered_axes
-    shared = tuple(axis for axis in placement.model_axes if axis not in spread)
-    num_shared = math.prod(jax.lax.axis_size(axis) for axis in shared)
-    num_spread = math.prod(jax.lax.axis_size(axis) for axis in spread)
-    parts = varying.vary(parts, frozenset(placement.model_axes))
-    num_rows, width = parts.shape[0] // num_spread, parts.shape[1]
-    same = "invarying" if varying.is_typed() else "varying"
-    stacked = _bits(parts).reshape(num_spread, num_rows, width)
-    if spread:
-        stacked = jax.lax.all_to_all(stacked, spread, 0, 0)
+    shared = tuple(a for a in placement.model_axes if a not in placement.gathered_axes)
     if not shared:
-        return _sum(stacked, parts.dtype)
-    if num_rows < _SCATTERED_ROWS or num_rows % num_shared:
+        return _sum(stacked, dtype)
+    devices = math.prod(jax.lax.axis_size(axis) for axis in shared)
+    num_spread, num_rows, width = stacked.shape
+    same = "invarying" if varying.is_typed() else "varying"
+    if num_rows < _SCATTERED_ROWS or num_rows % devices:
         everything = jax.lax.all_gather(stacked, shared, to=same)
-        return _sum(everything.reshape(-1, num_rows, width), parts.dtype)
+        return _sum(everything.reshape(-1, num_rows, width), dtype)
     # Each device of the shared axes adds its share of the rows: less to send, the same sums.
-    shares = stacked.reshape(num_spread, num_shared, -1, width).swapaxes(0, 1)
+    shares = stacked.reshape(num_spread, devices, -1, width).swapaxes(0, 1)
     shares = jax.lax.all_to_all(shares, shared, 0, 0)
-    own = _sum(shares.reshape(-1, num_rows // num_shared, width), parts.dtype)
-    own = jax.lax.all_gather(_bits(own), shared, tiled=True, to=same)
-    return jax.lax.bitcast_convert_type(own, parts.dtype)
+    own = _sum(shares.reshape(-1, num_rows // devices, width), dtype)
+    own = jax.lax.all_gather(as_bits(own), shared, tiled=True, to=same)
+    return jax.lax.bitcast_convert_type(own, dtype)
 
 
-def _bits(array: Array) -> Array:
+def bring_home(parts: Array, placement: Placement) -> Array:
+    """What every device has of a row, added where the row belongs: [T, n] -> [T_local, n]."""
+    return add(to_owners(parts, placement), parts.dtype, placement)
+
+
+def as_bits(array: Array) -> Array:
     """As integers: what is sent is of this width, whatever XLA makes of conversions beside it."""
     width = jnp.uint16 if array.dtype == jnp.bfloat16 else jnp.uint32
     return jax.lax.bitcast_convert_type(array, width)
@@ -129,7 +161,9 @@ def _sum(bits: Array, dtype: Any) -> Array:
     total = parts[0].astype(jnp.float32)
     for part in parts[1:]:
         total = total + part.astype(jnp.float32)
-    return total.astype(parts.dtype)
+    if dtype == jnp.bfloat16:
+        total = round_to_bf16(total)  # whatever XLA makes of it with what follows
+    return total.astype(dtype)
 
 
 def as_slots(tokens: Tokens) -> Tokens:

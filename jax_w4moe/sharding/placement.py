@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-EXCHANGES = ("partial_sums", "slot_rows")
+PARTIAL_SUMS, SLOT_ROWS, DISPATCH = EXCHANGES = ("partial_sums", "slot_rows", "dispatch")
 
 
 class Tokens(NamedTuple):
@@ -28,13 +29,13 @@ class Placement:
       expert_axis: whole experts are spread over it, or None.
       tensor_axis: the intermediate size is, or None.
       token_axes: tokens are, in this order; replicated over all other axes.
-      exchange: one of ``EXCHANGES``.
+      exchange: one of ``EXCHANGES``, or None: DISPATCH where that sends less, else PARTIAL_SUMS.
     """
 
     expert_axis: str | None = None
     tensor_axis: str | None = None
     token_axes: tuple[str, ...] = ()
-    exchange: str = EXCHANGES[0]
+    exchange: str | None = None
 
     @property
     def model_axes(self) -> tuple[str, ...]:
@@ -45,6 +46,11 @@ class Placement:
     def gathered_axes(self) -> tuple[str, ...]:
         """Those of them that tokens are spread over as well."""
         return tuple(axis for axis in self.token_axes if axis in self.model_axes)
+
+    @property
+    def can_dispatch(self) -> bool:
+        """Whether a token may be sent to some devices only: those that hold its experts."""
+        return self.expert_axis is not None and self.gathered_axes == (self.expert_axis,)
 
 
 def axes_at(spec: P, dimension: int) -> tuple[str, ...]:
@@ -71,6 +77,18 @@ def sharding_of(array: Array) -> Any:
     if isinstance(array, jax.core.Tracer):
         return jax.typeof(array).sharding
     return getattr(array, "sharding", None)
+
+
+def put(array: Any, sharding: NamedSharding) -> Any:
+    """The array, sharded so: at once, in a traced program, or as the type of one to come."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    # Traced, device_put would only be a hint.
+    if not isinstance(array, jax.core.Tracer):
+        return jax.device_put(array, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def check_model_axes(expert_axis: str | None, tensor_axis: str | None) -> None:

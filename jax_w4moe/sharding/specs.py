@@ -1,6 +1,7 @@
 """Packed weights on a mesh: their specs, and their placing."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_w4moe import checks
 from jax_w4moe.formats.layout import BLOCK_K, round_up
-from jax_w4moe.sharding.placement import check_in_mesh, check_model_axes
+from jax_w4moe.sharding.placement import check_in_mesh, check_model_axes, put
 from jax_w4moe.types import PackedExperts, PackedTensor
 
 ROW_BLOCKS = 4  # of w13, for a K-block of w2: 128 of I, gate and up, in blocks of 64 rows
@@ -62,7 +63,8 @@ def shard_experts(
     nothing, no id leads to them. What was appended for another mesh is dropped before.
 
     Args:
-      experts: packed experts, on one device or on another mesh.
+      experts: packed experts, on one device or on another mesh, or abstract
+        (``jax.ShapeDtypeStruct``), to restore into.
       mesh: the devices.
       expert_axis: the axis that experts are spread over, or None.
       tensor_axis: the axis that the intermediate size is spread over, in steps of 128, or None.
@@ -81,10 +83,12 @@ def shard_experts(
     blocks = round_up(
         -(-experts.intermediate_size // BLOCK_K), mesh.shape[tensor_axis] if tensor_axis else 1
     )
-    resized = _resized(experts, num_experts, blocks)
+    resize = functools.partial(_resized, num_experts=num_experts, blocks=blocks)
+    is_abstract = isinstance(experts.w13.data, jax.ShapeDtypeStruct)
+    resized = jax.eval_shape(resize, experts) if is_abstract else resize(experts)
     specs = expert_specs(expert_axis, tensor_axis)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.tree.map(jax.device_put, resized, like(resized, shardings))
+    return jax.tree.map(put, resized, like(resized, shardings))
 
 
 def like(experts: PackedExperts, tree: PackedExperts) -> PackedExperts:

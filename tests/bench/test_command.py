@@ -137,14 +137,13 @@ def test_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
     monkeypatch.setattr(spread, "Program", functools.partial(timing.Program, calls=1))
     monkeypatch.setattr(spread, "calls", lambda *arguments: layers.calls(*arguments)[:1])
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    result = bench("--spread", "--tokens", "2")
+    result = bench("--spread", "--tokens", "2", "--devices", "2")
     assert result.exit_code == 0, result.output
     for kind in ("expert", "tensor"):
         assert f"tiny, {kind} axis of 2, 2 tokens a device: " in result.output
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    result = bench("--spread")
-    assert result.exit_code == 1 and "needs several devices, here is 1" in result.output
+    assert result.output.count("; bf16 sent ") == 1 and "; dispatched " not in result.output
+    result = bench("--spread", "--devices", "9")
+    assert result.exit_code == 1 and "over 9 devices, here are 8; use 2 to 8." in result.output
 
 
 def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:

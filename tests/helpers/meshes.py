@@ -1,5 +1,6 @@
-"""Meshes of the first devices of this machine, and what a layer is told of them."""
+"""Meshes of the first devices, and what a layer is told of them."""
 
+import itertools
 import math
 from typing import Any
 
@@ -12,8 +13,10 @@ AXES = ("expert", "tensor")
 
 
 def make_mesh(shape: tuple[int, ...], kind: AxisType = AxisType.Auto, axes: Any = AXES) -> Mesh:
-    """Of the devices in their order; skips the test where there are too few."""
-    count, devices = math.prod(shape), jax.devices()
+    """Of the devices in their order, of each process in turn; skips where there are too few."""
+    count = math.prod(shape)
+    each = jax.local_device_count()
+    devices = list(itertools.chain(*(jax.devices()[i::each] for i in range(each))))
     if len(devices) < count:
         pytest.skip(f"{count} devices are needed, here are {len(devices)}.")
     grid = np.array(devices[:count]).reshape(shape)

@@ -1,10 +1,9 @@
-"""``python -m tests.helpers.several_processes NUMBER COUNT PORT``: one of several processes.
+"""``python -m tests.helpers.several_processes NUMBER COUNT PORT [some|all]``: one process of them.
 
 Each has four CPU devices, or its own GPU. Layers are spread over all of them; every process
-compares the rows that it holds with what one device gives, and prints "equal" at the end.
+compares the rows that it holds, and prints "equal" and how many cases there were.
 """
 
-import functools
 import os
 import sys
 
@@ -12,53 +11,35 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import jax_w4moe as w4
-from tests.helpers import data
-from tests.helpers.compare import assert_bitwise, relative_rms
-from tests.helpers.meshes import make_mesh, named
+from tests.helpers.spread import BF16, CASES, Case, check
 
-E, H, I, K, T = 6, 64, 256, 3, 16  # noqa: E741
+FEW = [
+    Case((8, 1), token_axes=("expert",), exchange="slot_rows"),
+    Case((4, 2), token_axes=("expert",)),
+    Case((2, 2)),
+]
 
 
-def rows_equal(y: jax.Array, expected: np.ndarray, is_exact: bool) -> None:
-    """Compares the rows that this process holds."""
-    for shard in y.addressable_shards:
-        if is_exact:
-            assert_bitwise(shard.data, expected[shard.index])
-        else:
-            assert relative_rms(shard.data, expected[shard.index]) < 2e-2
-
-
-def main(number: int, count: int, port: int) -> None:
+def main(number: int, count: int, port: int, which: str = "few") -> None:
     jax.distributed.initialize(
         f"127.0.0.1:{port}", num_processes=count, process_id=number, initialization_timeout=60
     )
-    devices = jax.device_count()
-    assert devices == 4 * count or jax.default_backend() != "cpu"
-    rng = np.random.default_rng(0)
-    experts = w4.pack_experts(data.expert_weights(rng, E, H, I, bias=True))
-    x, (ids, weights) = data.tokens(rng, T, H), data.routing(rng, "random", T, E, K)
-    one = np.asarray(w4.fused_moe(x, experts, ids, weights))
-    cases = [((devices, 1), "slot_rows"), ((devices // 2, 2), "partial_sums")]
-    for shape, exchange in cases:
-        mesh = make_mesh(shape)
-        axes = named(mesh)
-        placed = w4.shard_experts(experts, mesh, **axes)
-        for token_axes in ((), ("expert",)):
-            rows = NamedSharding(mesh, P(token_axes or None))
-            operands = [jax.device_put(np.asarray(array), rows) for array in (x, ids, weights)]
-
-            layer = functools.partial(
-                w4.fused_moe, token_axes=token_axes, exchange=exchange, **axes
-            )
-            y = jax.jit(layer)(operands[0], placed, *operands[1:])
-            rows_equal(y, one, exchange == "slot_rows")
-    print("equal", flush=True)
+    devices, is_cpu = jax.device_count(), jax.default_backend() == "cpu"
+    assert devices == (4 * count if is_cpu else count)
+    chosen = [case for case, is_always in CASES.items() if is_always or which == "all"]
+    cases = [
+        case
+        for case in (FEW if which == "few" else chosen)
+        if case.shape[0] * case.shape[1] <= devices
+        # Every process holds a part.
+        and case.shape[0] * case.shape[1] >= count
+        and (is_cpu or case.act_dtype != BF16)
+    ]
+    for case in cases:
+        check(case)
+    print("equal", len(cases), flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:])

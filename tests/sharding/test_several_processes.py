@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.helpers.spread import CASES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,12 +19,16 @@ def free_port() -> int:
         return port
 
 
-def test_two_processes() -> None:
+@pytest.mark.parametrize(
+    ("which", "count"),
+    [("few", 3), pytest.param("all", len(CASES), marks=pytest.mark.matrix)],
+)
+def test_two_processes(which: str, count: int) -> None:
     command = [sys.executable, "-m", "tests.helpers.several_processes"]
-    arguments = ["2", str(free_port())]
+    port = str(free_port())
     processes = [
         subprocess.Popen(
-            [*command, str(number), *arguments],
+            [*command, str(number), "2", port, which],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -29,10 +37,10 @@ def test_two_processes() -> None:
         for number in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
-        assert output.splitlines()[-1] == "equal"
+        assert output.splitlines()[-1] == f"equal {count}"

@@ -49,11 +49,12 @@ def test_kernels_on_several_gpus(
         expected = sum_of_slices(canonical, (x, ids, weights), shape[1])
     axes: dict[str, Any] = {**named(mesh)}
     placed = w4.shard_experts(experts, mesh, **axes)
-    exchanges = ["partial_sums"] if shape[1] > 1 else ["slot_rows", "partial_sums"]
+    exchanges = ["partial_sums"] if shape[1] > 1 else ["slot_rows", "partial_sums", "dispatch"]
     for token_axes in ((), tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)):
         rows = NamedSharding(mesh, P(token_axes or None))
         operands = [jax.device_put(array, rows) for array in (x, ids, weights)]
-        for exchange in exchanges:
+        partial_sums: Any = None
+        for exchange in exchanges[: 3 if token_axes else 2]:
 
             @jax.jit
             def layer(
@@ -76,5 +77,8 @@ def test_kernels_on_several_gpus(
             assert _ffi.call_count("fused_moe") >= before + mesh.size
             if exchange == "slot_rows":
                 assert_bitwise(y, expected)
+            elif exchange == "dispatch":
+                assert_bitwise(y, partial_sums)
             else:
+                partial_sums = y
                 assert relative_rms(y, expected) < (4e-3 if shape[1] == 1 else 1e-2)
