@@ -7,7 +7,7 @@ from jax_w4moe import _ffi, reference
 from jax_w4moe._ffi import build_info, is_available, why_unavailable
 from jax_w4moe.activations import SwiGLU
 from jax_w4moe.explain import explain, workspace_bytes
-from jax_w4moe.formats import MXFP4, WeightFormat
+from jax_w4moe.formats import INT4_G128, MXFP4, WeightFormat
 from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
 from jax_w4moe.packing import (
     dequantize_experts,
@@ -26,6 +26,7 @@ from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, Quantize
 
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
+    "INT4_G128",
     "MXFP4",
     "ExpertWeights",
     "PackedExperts",

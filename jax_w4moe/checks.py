@@ -70,19 +70,19 @@ def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
     _array(f"{name}.scales", q.scales, 3, f"[E, N, K/{q.format.group_size}]")
     if q.codes.dtype == jnp.uint8:
         codes_per_byte = 2
-    elif q.codes.dtype == jnp.float4_e2m1fn:
+    elif q.codes.dtype == q.format.code_dtype:
         codes_per_byte = 1
     else:
         raise TypeError(
-            f"{name}.codes: dtype {q.codes.dtype}, need uint8 (two codes a byte) or float4_e2m1fn;"
-            " view the bytes as uint8."
+            f"{name}.codes: dtype {q.codes.dtype}, need uint8 (two codes a byte) or"
+            f" {q.format.code_dtype}; view the bytes as uint8."
         )
     num_experts, rows, width = q.codes.shape
     columns = width * codes_per_byte
     if num_experts < 1 or num_experts > MAX_EXPERTS:
         raise ValueError(f"{name}: E={num_experts} is not in 1..{MAX_EXPERTS}.")
     _size(f"{name}: N", rows)
-    _size(f"{name}: K", columns)
+    _size(f"{name}: K", columns, max(SIZE_MULTIPLE, q.format.group_size))
     _shape(
         f"{name}.scales",
         q.scales,
@@ -134,7 +134,7 @@ def expert_weights(weights: ExpertWeights) -> None:
                 raise TypeError(f"{name}: dtype {bias.dtype} is not floating point; cast it.")
 
 
-def float_kernels(w_gate: Any, w_up: Any, w_down: Any) -> None:
+def float_kernels(w_gate: Any, w_up: Any, w_down: Any, group_size: int) -> None:
     """Preconditions of ``quantize_experts``."""
     for name, value in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
         layout = "[E, H, I]" if name == "w_down" else "[E, I, H]"
@@ -146,8 +146,8 @@ def float_kernels(w_gate: Any, w_up: Any, w_down: Any) -> None:
         "w_up", w_up, (num_experts, intermediate, hidden), "w_up is shaped like w_gate [E, I, H]"
     )
     _shape("w_down", w_down, (num_experts, hidden, intermediate), "w_down is [E, H, I]")
-    _size("hidden_size H", hidden)
-    _size("intermediate_size I", intermediate)
+    _size("hidden_size H", hidden, max(SIZE_MULTIPLE, group_size))
+    _size("intermediate_size I", intermediate, max(SIZE_MULTIPLE, group_size))
 
 
 def layout_version(name: str, version: int) -> None:
@@ -349,10 +349,12 @@ def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
         raise NotImplementedError(f"act_scale={act_scale!r}: only PerToken() exists.")
 
 
-def layer_sizes(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+def layer_sizes(
+    hidden: int, intermediate: int, num_experts: int, top_k: int, group_size: int
+) -> None:
     """Checks the sizes a layer is made with."""
-    _size("hidden_size", hidden)
-    _size("intermediate_size", intermediate)
+    _size("hidden_size", hidden, max(SIZE_MULTIPLE, group_size))
+    _size("intermediate_size", intermediate, max(SIZE_MULTIPLE, group_size))
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts={num_experts} is not in 1..{MAX_EXPERTS}.")
     bound = min(MAX_TOP_K, num_experts)

@@ -77,6 +77,7 @@ def bench(
     backend: Annotated[
         list[str] | None, typer.Option(help="Time ragged_dot or tokamax, too.")
     ] = None,
+    format: Annotated[str, typer.Option(help="Of the weights: mxfp4 or int4_g128.")] = "mxfp4",
     burst: Annotated[
         bool, typer.Option("--burst", help="Short bursts after pauses, not a sustained load.")
     ] = False,
@@ -117,6 +118,7 @@ def bench(
             num_tokens=tokens or (),
             routings=routing or (),
             backend_names=backend or (),
+            format=format,
             burst=burst,
             json=json,
             compare=compare,

@@ -95,9 +95,9 @@ class FusedMoE(nnx.Module):
           rngs: the key streams; "params" is used.
 
         Raises:
-          ValueError: H or I not a multiple of 32, or k not in 1..E.
+          ValueError: H or I not a multiple of 32 and of the format's group, or k not in 1..E.
         """
-        checks.layer_sizes(hidden_size, intermediate_size, num_experts, top_k)
+        checks.layer_sizes(hidden_size, intermediate_size, num_experts, top_k, format.group_size)
         experts = _random_experts(
             rngs.params(),
             (num_experts, hidden_size, intermediate_size),

@@ -47,10 +47,10 @@ def quantize_experts(
       The weights, without biases (``dataclasses.replace`` adds them). They always pack exactly.
 
     Raises:
-      ValueError: shapes that do not fit together, or H or I not a multiple of 32.
+      ValueError: shapes that do not fit together, or H or I not a multiple of 32 and of the group.
       TypeError: kernels that are not floating point.
     """
-    checks.float_kernels(w_gate, w_up, w_down)
+    checks.float_kernels(w_gate, w_up, w_down, format.group_size)
     w13 = _quantize(jnp.concatenate([w_gate, w_up], axis=1), format)
     return ExpertWeights(w13, _quantize(w_down, format))
 
@@ -211,7 +211,8 @@ def _pack(q: QuantizedTensor, row_order: RowOrder) -> tuple[Array, Array]:
         pad_rows = padded_rows(nibbles.shape[1]) - nibbles.shape[1]
         nibbles, scales = _pad(nibbles, 1, pad_rows), _pad(scales, 1, pad_rows)
     words, inexact = q.format.scale_words(nibbles, scales)
-    return record_from_codes(nibbles, words, q.format.k_order), jnp.sum(inexact, axis=(1, 2))
+    records = record_from_codes(nibbles, words, q.format.k_order, q.format.word_bytes)
+    return records, jnp.sum(inexact, axis=(1, 2))
 
 
 @jax.jit
@@ -222,7 +223,8 @@ def _unpack(packed: PackedTensor) -> QuantizedTensor:
 
 def _canonical(packed: PackedTensor, records: Array) -> tuple[Array, Array]:
     """Records -> (nibbles [E, N, K], canonical scales), padding dropped."""
-    nibbles, words = codes_from_record(records, packed.format.k_order)
+    own = packed.format
+    nibbles, words = codes_from_record(records, own.k_order, own.codes_from_word_bytes)
     columns, group = packed.shape[2], packed.format.group_size
     scales = packed.format.scales_from_words(words)
     return (
@@ -232,7 +234,7 @@ def _canonical(packed: PackedTensor, records: Array) -> tuple[Array, Array]:
 
 
 def _nibbles(codes: Array) -> UInt8[Array, "*rest K"]:
-    if codes.dtype == jnp.float4_e2m1fn:
+    if codes.dtype != jnp.uint8:  # unpacked, of the format's own dtype
         pairs = codes.reshape(*codes.shape[:-1], -1, 2)
         codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)
     return jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)

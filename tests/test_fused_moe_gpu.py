@@ -35,24 +35,7 @@ SMALL = ((256, 128, 4, 2), (96, 32, 5, 3))
 
 @functools.lru_cache(maxsize=1)
 def _layer(shape: tuple[int, int, int, int], bias: bool) -> w4.PackedExperts:
-    """Random packed weights, made expert by expert."""
-    hidden, intermediate, num_experts, _ = shape
-    parts = []
-    for seed in range(num_experts):
-        rng = np.random.default_rng(seed)
-        parts.append(w4.pack_experts(data.expert_weights(rng, 1, hidden, intermediate, bias=bias)))
-    leaves = [jnp.concatenate(arrays) for arrays in zip(*map(jax.tree.leaves, parts), strict=True)]
-    shapes = (
-        (num_experts, 2 * intermediate, hidden),
-        (num_experts, hidden, intermediate),
-    )
-    packed: w4.PackedExperts = jax.tree.unflatten(jax.tree.structure(parts[0]), leaves)
-    tensors = (packed.w13, packed.w2)
-    w13, w2 = (
-        w4.PackedTensor(t.data, t.inexact_groups, t.format, s, t.row_order, t.layout_version)
-        for t, s in zip(tensors, shapes, strict=True)
-    )
-    return w4.PackedExperts(w13, w2, packed.w13_bias, packed.w2_bias)
+    return data.packed_experts(shape, bias=bias)
 
 
 def _tokens(
@@ -210,7 +193,7 @@ def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(workspace.shape, jnp.uint8),
         ]
-        attrs = attributes(w4.SwiGLU(), tactic)
+        attrs = attributes(experts, w4.SwiGLU(), tactic)
         operands = (x, or_nothing(None), *expert_operands(experts), ids, weights)
         return _ffi.call("fused_moe", types, *operands, **attrs)
 
@@ -337,13 +320,14 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
     x, ids, weights = _tokens(SMALL[1], num_tokens)
     needed = op.workspace_bytes(num_tokens, 3, experts)
 
-    def call(nbytes: int, **changes: float) -> None:
+    def call(nbytes: int, **changes: float | str) -> None:
         types = [
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct((nbytes,), jnp.uint8),
         ]
         empty = jnp.zeros(0, jnp.float32)
         attributes = {
+            "format": "mxfp4",
             "alpha": 1.0,
             "beta": 0.0,
             "limit": float("inf"),
@@ -359,3 +343,5 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
         call(needed - 1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no tile of 24 tokens is compiled"):
         call(needed, tile_tokens=24)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='weights of format "int5" have no kernel'):
+        call(needed, format="int5")

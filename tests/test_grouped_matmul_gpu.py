@@ -177,7 +177,15 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
             jax.ShapeDtypeStruct((workspace,), jnp.uint8),
         ]
         out = _ffi.call(
-            "grouped_matmul", types, lhs, scale, rhs.data, sizes, gate_up=False, tile_tokens=tile
+            "grouped_matmul",
+            types,
+            lhs,
+            scale,
+            rhs.data,
+            sizes,
+            format="mxfp4",
+            gate_up=False,
+            tile_tokens=tile,
         )
         jax.block_until_ready(out)
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_w4moe as w4
 from jax_w4moe.formats import formats
+from jax_w4moe.formats.layout import round_up
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.oracle import dequantize_mxfp4
@@ -35,6 +36,7 @@ def test_unpack_is_the_exact_inverse(
     rng: np.random.Generator, format: w4.WeightFormat, size: tuple[int, int]
 ) -> None:
     num_experts = 1 if size[0] > 1000 else 3
+    size = (size[0], round_up(size[1], format.group_size))
     q = data.quantized(rng, (num_experts, *size), format)
     if format == w4.MXFP4:
         q = _all_scale_bytes(q)
@@ -66,9 +68,11 @@ def test_all_codes_of_a_group_by_all_scales() -> None:
 
 @every_format
 def test_pack_experts_round_trip(rng: np.random.Generator, format: w4.WeightFormat) -> None:
-    weights = data.expert_weights(rng, 3, 96, 160, bias=True, format=format)
+    hidden, intermediate = (round_up(size, format.group_size) for size in (96, 160))
+    weights = data.expert_weights(rng, 3, hidden, intermediate, bias=True, format=format)
     experts = w4.pack_experts(weights)
-    assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (3, 96, 160)
+    assert experts.w13.shape == (3, 2 * intermediate, hidden)
+    assert experts.w2.shape == (3, hidden, intermediate)
     restored = w4.unpack_experts(experts)
     assert weights.w13_bias is not None and weights.w2_bias is not None
     assert_bitwise(restored.w13.codes, weights.w13.codes)

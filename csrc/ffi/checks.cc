@@ -81,6 +81,15 @@ const float* Optional(ffi::AnyBuffer buffer) {
   return buffer.element_count() ? static_cast<const float*>(buffer.untyped_data()) : nullptr;
 }
 
+ffi::Error ReadFormat(const char* op, std::string_view name, WeightFormat* format) {
+  if (!FindFormat(name, format)) {
+    return InvalidArgument(
+        op, ": weights of format \"", name,
+        "\" have no kernel here; call the op through jax_w4moe, which checks this");
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error CheckTile(const char* op, int64_t tile_tokens) {
   if (!HasTile(tile_tokens)) {
     return InvalidArgument(op, ": no tile of ", tile_tokens,

@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <string_view>
 
+#include "formats/formats.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_w4moe {
@@ -27,6 +29,9 @@ xla::ffi::Error CheckRows(const char* op, const char* name, xla::ffi::AnyBuffer 
 
 // The data of an operand that may be left out, by giving one of no elements.
 const float* Optional(xla::ffi::AnyBuffer buffer);
+
+// A format of this name must be compiled.
+xla::ffi::Error ReadFormat(const char* op, std::string_view name, WeightFormat* format);
 
 // A tile of so many tokens must be compiled.
 xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens);

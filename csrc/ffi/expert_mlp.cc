@@ -2,6 +2,8 @@
 // f32[M, 1]; experts as ffi/experts.h; group_sizes s32[E] -> out bf16[M, H], workspace u8[bytes].
 #include "launch/expert_mlp.h"
 
+#include <string_view>
+
 #include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
@@ -18,17 +20,19 @@ constexpr char kName[] = "expert_mlp";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(float, float, float, int64_t, int64_t) {
+ffi::Error Initialize(std::string_view format_name, float, float, float, int64_t, int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
-  return FromCuda(PrepareExperts(), kName, "raising the shared-memory limit");
+  WeightFormat format{};
+  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &format));
+  return FromCuda(PrepareExperts(format), kName, "raising the shared-memory limit");
 }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer w13, ffi::AnyBuffer w13_bias, ffi::AnyBuffer w2,
                    ffi::AnyBuffer w2_bias, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   float alpha, float beta, float limit, int64_t tile_tokens,
-                   int64_t rows_per_expert) {
+                   std::string_view format_name, float alpha, float beta, float limit,
+                   int64_t tile_tokens, int64_t rows_per_expert) {
   calls.fetch_add(1, std::memory_order_relaxed);
   JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "x", x, x_scale));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "group_sizes", group_sizes, ffi::S32, 1));
@@ -40,7 +44,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
   p.rows_per_expert = rows_per_expert;
   const int64_t hidden = x.dimensions()[1];
   JAX_W4MOE_RETURN_IF_ERROR(
-      ReadExperts(kName, w13, w13_bias, w2, w2_bias, hidden, tile_tokens, &p.experts));
+      ReadExperts(kName, format_name, w13, w13_bias, w2, w2_bias, hidden, tile_tokens, &p.experts));
   p.experts.alpha = alpha;
   p.experts.beta = beta;
   p.experts.limit = limit;
@@ -67,6 +71,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
                        ffi::Ffi::BindInitialize()
+                           .Attr<std::string_view>("format")
                            .Attr<float>("alpha")
                            .Attr<float>("beta")
                            .Attr<float>("limit")
@@ -85,6 +90,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
+                           .Attr<std::string_view>("format")
                            .Attr<float>("alpha")
                            .Attr<float>("beta")
                            .Attr<float>("limit")

@@ -9,12 +9,13 @@ namespace jax_w4moe {
 
 namespace ffi = xla::ffi;
 
-ffi::Error ReadExperts(const char* op, ffi::AnyBuffer w13, ffi::AnyBuffer w13_bias,
-                       ffi::AnyBuffer w2, ffi::AnyBuffer w2_bias, int64_t hidden_size,
-                       int64_t tile_tokens, Experts* experts) {
+ffi::Error ReadExperts(const char* op, std::string_view format, ffi::AnyBuffer w13,
+                       ffi::AnyBuffer w13_bias, ffi::AnyBuffer w2, ffi::AnyBuffer w2_bias,
+                       int64_t hidden_size, int64_t tile_tokens, Experts* experts) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "w13", w13, ffi::U8, 4));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "w2", w2, ffi::U8, 4));
   Experts& e = *experts;
+  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(op, format, &e.format));
   e.num_experts = w13.dimensions()[0];
   e.hidden_size = hidden_size;
   e.w13_row_blocks = w13.dimensions()[1];

@@ -3,6 +3,8 @@
 // -> out bf16|f32[M, N], workspace u8[bytes].
 #include "launch/grouped_matmul.h"
 
+#include <string_view>
+
 #include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
@@ -18,15 +20,17 @@ constexpr char kName[] = "grouped_matmul";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(bool, int64_t) {
+ffi::Error Initialize(std::string_view format_name, bool, int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
-  return FromCuda(PrepareGroupedMatmul(), kName, "raising the shared-memory limit");
+  WeightFormat format{};
+  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &format));
+  return FromCuda(PrepareGroupedMatmul(format), kName, "raising the shared-memory limit");
 }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer records, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   bool gate_up, int64_t tile_tokens) {
+                   std::string_view format_name, bool gate_up, int64_t tile_tokens) {
   calls.fetch_add(1, std::memory_order_relaxed);
   JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
@@ -36,6 +40,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "workspace", *workspace, ffi::U8, 1));
 
   GroupedMatmulParams p{};
+  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &p.format));
   p.num_rows = lhs.dimensions()[0];
   p.contraction = lhs.dimensions()[1];
   p.num_experts = records.dimensions()[0];
@@ -77,7 +82,8 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
 
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Attr<bool>("gate_up").Attr<int64_t>("tile_tokens"));
+    ffi::Ffi::BindInitialize().Attr<std::string_view>("format").Attr<bool>("gate_up").Attr<int64_t>(
+        "tile_tokens"));
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()
@@ -88,6 +94,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
+                           .Attr<std::string_view>("format")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"),
                        {ffi::Traits::kCmdBufferCompatible});

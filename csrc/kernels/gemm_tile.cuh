@@ -6,13 +6,14 @@
 
 #include "common/limits.h"
 #include "epilogue/tile.cuh"
-#include "formats/mxfp4.cuh"
 #include "schedule/items.cuh"
 
 namespace jax_w4moe {
 
-template <int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
+// Format_: a class of formats/.
+template <typename Format_, int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
 struct GroupedGemmTile {
+  using Format = Format_;
   static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
   static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -34,7 +35,7 @@ struct GroupedGemmTile {
   // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
   // the one being finished and the one being announced.
   static constexpr int kItems = kStages + 2;
-  static constexpr int kItemsAt = kTableAt + Mxfp4::kTableBytes;
+  static constexpr int kItemsAt = kTableAt + Format::kTableBytes;
   static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
   static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
   static constexpr int kSharedBytes = kBarriersAt + 16 * (kStages + kWarpgroups);

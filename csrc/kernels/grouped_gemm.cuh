@@ -13,7 +13,6 @@
 #include <type_traits>
 
 #include "epilogue/tile.cuh"
-#include "formats/mxfp4.cuh"
 #include "kernels/gemm_tile.cuh"
 #include "kernels/load_items.cuh"
 #include "mainloop/wgmma.cuh"
@@ -47,6 +46,7 @@ template <typename Tile, typename Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
+  using Format = typename Tile::Format;
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
   constexpr bool kStaged = Epilogue::kStaged;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -59,8 +59,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto drained_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w + 1); };
   auto staging_of = [&](int w) { return tokens + Tile::kStagingAt + w * Tile::kStagingBytes; };
 
-  if (threadIdx.x < Mxfp4::kTableBytes) {
-    shared[Tile::kTableAt + threadIdx.x] = Mxfp4::TableByte(threadIdx.x);
+  if constexpr (Format::kTableBytes > 0) {
+    if (threadIdx.x < Format::kTableBytes) {
+      shared[Tile::kTableAt + threadIdx.x] = Format::TableByte(threadIdx.x);
+    }
   }
   if (const int s = threadIdx.x; s < kStages) {
     ptx::BarrierInit(full + 8 * s, 1);
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       constexpr int kWidth = decltype(width)::value, kSubtiles = Tile::kSubtiles;
       float acc[kSubtiles][kWidth / 2], partial[kWidth / 2];
       uint32_t a[2][4][4];
-      Mxfp4::Tables tables;
+      typename Format::Tables tables;
 #pragma unroll
       for (int n = 0; n < kSubtiles; ++n) {
 #pragma unroll
@@ -148,11 +150,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       auto load_first = [&](uint32_t (&fragments)[4][4]) {
         ptx::BarrierWait(full + 8 * stage, parity);
-        tables = Mxfp4::LoadTables(record_at(stage), thread, table);
-        Mxfp4::LoadPlane<0>(record_at(stage), thread, tables, fragments);
+        tables = Format::LoadTables(record_at(stage), thread, table);
+        Format::template LoadPlane<0>(record_at(stage), thread, tables, fragments);
       };
       auto load_second = [&](uint32_t (&fragments)[4][4]) {
-        Mxfp4::LoadPlane<1>(record_at(stage), thread, tables, fragments);
+        Format::template LoadPlane<1>(record_at(stage), thread, tables, fragments);
       };
       // One K128, decoded into `now`; the next is decoded into `next` while the products run.
       // Nothing is read from shared memory between a product's end and the next one's issue: beside
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int n = 0; n < kSubtiles; ++n) {
           MultiplyK128<kWidth>(partial, now,
                                first_tile + (used * Tile::kTokens + n * kWidth) * kDescriptorToken);
-          if (n == 0) Mxfp4::LoadScale(record_at(used), thread, scale);
+          if (n == 0) Format::LoadScale(record_at(used), thread, scale);
           if (n == 0 && more) load_first(next);
           if (n + 1 == kSubtiles && more) load_second(next);
           WaitForProducts(partial);

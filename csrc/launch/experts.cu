@@ -20,7 +20,9 @@ ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& 
       h_image(TakeImage(arena, experts.w2_k_blocks, rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
-cudaError_t PrepareExperts() { return PrepareGroupedGemm<LayerEpilogue>(); }
+cudaError_t PrepareExperts(WeightFormat format) {
+  return PrepareGroupedGemm<LayerEpilogue>(format);
+}
 
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
@@ -35,13 +37,13 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   LayerEpilogue epilogue{
       SwiGlu{ws.h, e.w13_bias, w13.row_blocks, e.alpha, e.beta, e.limit},
       ScaledStore<__nv_bfloat16>{out, e.w2_bias, static_cast<int>(e.hidden_size), false}, false};
-  LaunchGroupedGemm(e.tile_tokens,
+  LaunchGroupedGemm(e.format, e.tile_tokens,
                     GroupedGemmParams{w13, ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
                     epilogue, num_sms, stream);
   LaunchRequantize(ws.h, w13.row_blocks * 32, num_rows, ws.row_phase, ws.h_image, stream);
   epilogue.is_second = true;
-  LaunchGroupedGemm(e.tile_tokens,
+  LaunchGroupedGemm(e.format, e.tile_tokens,
                     GroupedGemmParams{w2, ws.h_image.data, ws.h_image.row_scale, ws.plan,
                                       ws.h_image.num_rows, 1, true, FewPairs{}},
                     epilogue, num_sms, stream);

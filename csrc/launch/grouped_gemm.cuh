@@ -1,18 +1,19 @@
-// The definitions of grouped_gemm.h, for the files that compile one epilogue each.
+// The definitions of grouped_gemm.h, for the files that compile a format with an epilogue each.
 #pragma once
 
+#include "kernels/grouped_gemm.cuh"
 #include "launch/grouped_gemm.h"
 #include "launch/grouped_gemm_tiles.h"
 #include "launch/launch.h"
 
 namespace jax_w4moe {
 
-template <typename Epilogue>
-cudaError_t PrepareGroupedGemm() {
+template <typename Format, typename Epilogue>
+cudaError_t PrepareTiles() {
   cudaError_t status = cudaSuccess;
 #define JAX_W4MOE_CASE(...)                                                                    \
   if (status == cudaSuccess) {                                                                 \
-    using Tile = GroupedGemmTile<__VA_ARGS__>;                                                 \
+    using Tile = GroupedGemmTile<Format, __VA_ARGS__>;                                         \
     status =                                                                                   \
         cudaFuncSetAttribute(GroupedGemm<Tile, Epilogue>,                                      \
                              cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes); \
@@ -22,12 +23,12 @@ cudaError_t PrepareGroupedGemm() {
   return status;
 }
 
-template <typename Epilogue>
-void LaunchGroupedGemm(int64_t tile_tokens, const GroupedGemmParams& params,
-                       const Epilogue& epilogue, int num_sms, cudaStream_t stream) {
+template <typename Format, typename Epilogue>
+void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epilogue& epilogue,
+                int num_sms, cudaStream_t stream) {
 #define JAX_W4MOE_CASE(...)                                                                   \
-  if (tile_tokens == GroupedGemmTile<__VA_ARGS__>::kTokens) {                                 \
-    using Tile = GroupedGemmTile<__VA_ARGS__>;                                                \
+  if (tile_tokens == GroupedGemmTile<Format, __VA_ARGS__>::kTokens) {                         \
+    using Tile = GroupedGemmTile<Format, __VA_ARGS__>;                                        \
     LaunchDependent(GroupedGemm<Tile, Epilogue>, num_sms, Tile::kThreads, Tile::kSharedBytes, \
                     stream, params, epilogue);                                                \
   }
@@ -35,9 +36,9 @@ void LaunchGroupedGemm(int64_t tile_tokens, const GroupedGemmParams& params,
 #undef JAX_W4MOE_CASE
 }
 
-#define JAX_W4MOE_COMPILE_EPILOGUE(Epilogue)                                                    \
-  template cudaError_t PrepareGroupedGemm<Epilogue>();                                          \
-  template void LaunchGroupedGemm<Epilogue>(int64_t, const GroupedGemmParams&, const Epilogue&, \
-                                            int, cudaStream_t);
+#define JAX_W4MOE_COMPILE(Format, Epilogue)                                                      \
+  template cudaError_t PrepareTiles<Format, Epilogue>();                                         \
+  template void LaunchTile<Format, Epilogue>(int64_t, const GroupedGemmParams&, const Epilogue&, \
+                                             int, cudaStream_t);
 
 }  // namespace jax_w4moe

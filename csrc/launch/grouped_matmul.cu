@@ -25,9 +25,9 @@ int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t 
   return Workspace(num_rows, k_blocks, num_experts, nullptr).arena.used();
 }
 
-cudaError_t PrepareGroupedMatmul() {
-  const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>();
-  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>() : status;
+cudaError_t PrepareGroupedMatmul(WeightFormat format) {
+  const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>(format);
+  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>(format) : status;
 }
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t stream) {
@@ -49,11 +49,12 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const int columns = static_cast<int>(p.num_columns);
   if (p.out_is_f32) {
     const ScaledStore<float> store{static_cast<float*>(p.out), nullptr, columns, p.gate_up};
-    LaunchGroupedGemm(p.tile_tokens, gemm, store, num_sms, stream);
+    LaunchGroupedGemm(p.format, p.tile_tokens, gemm, store, num_sms, stream);
   } else {
     const ScaledStore<__nv_bfloat16> store{static_cast<__nv_bfloat16*>(p.out), nullptr, columns,
                                            p.gate_up};
-    LaunchGroupedGemm(p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms, stream);
+    LaunchGroupedGemm(p.format, p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms,
+                      stream);
   }
   return cudaGetLastError();
 }

@@ -5,9 +5,12 @@
 
 #include <cstdint>
 
+#include "formats/formats.h"
+
 namespace jax_w4moe {
 
 struct GroupedMatmulParams {
+  WeightFormat format;
   const void* lhs;         // bf16[M, K], or e4m3 with x_scale
   const float* x_scale;    // f32[M], or null
   const void* records;     // u8[E, row_blocks, k_blocks, 4352]
@@ -29,7 +32,7 @@ struct GroupedMatmulParams {
 int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts);
 
 // Raises the shared-memory limit of every compiled tile on the current device.
-cudaError_t PrepareGroupedMatmul();
+cudaError_t PrepareGroupedMatmul(WeightFormat format);
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& params, cudaStream_t stream);
 

@@ -16,6 +16,7 @@ from jax_w4moe.bench.host import dispatch_us
 from jax_w4moe.bench.layers import ROUTINGS
 from jax_w4moe.bench.shapes import NUM_TOKENS, SHAPES, TINY, Shape
 from jax_w4moe.bench.sweep import sweep
+from jax_w4moe.formats.base import formats
 
 _WIDTH = 160  # a table's, whatever the terminal's: squeezed columns tell nothing
 
@@ -26,6 +27,7 @@ def run(
     num_tokens: Sequence[int] = (),
     routings: Sequence[str] = (),
     backend_names: Sequence[str] = (),
+    format: str = "mxfp4",
     burst: bool = False,
     json: Path | None = None,
     compare: Path | None = None,
@@ -40,6 +42,7 @@ def run(
       num_tokens: values of T, by default ``NUM_TOKENS``.
       routings: by default balanced only.
       backend_names: other backends to time.
+      format: the name of the weights' format.
       burst: time bursts after pauses, not a sustained load.
       json: where to write the rows.
       compare: an earlier run's rows.
@@ -63,6 +66,9 @@ def run(
     for name in routings:
         if name not in ROUTINGS:
             raise ValueError(f"routing {name!r} is unknown; use one of {', '.join(ROUTINGS)}.")
+    known = {own.name: own for own in formats()}
+    if format not in known:
+        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(known)}.")
     console = console or Console()
     console.width = max(_WIDTH, console.width)
     # What can fail does so before anything is measured.
@@ -71,7 +77,11 @@ def run(
             raise FileNotFoundError(f"{path.parent} does not exist; make it, or write elsewhere.")
     if plot:
         from jax_w4moe.bench import plot as plots
-    header = {**machine.header(), "clocks": "burst" if burst else "sustained"}
+    header = {
+        **machine.header(),
+        "format": format,
+        "clocks": "burst" if burst else "sustained",
+    }
     old = report.load(compare, header) if compare else None
     modules = backends.load(backend_names, console.print)
 
@@ -81,6 +91,7 @@ def run(
         layers,
         counts,
         kinds,
+        format=known[format],
         backends=modules,
         burst=burst,
         tune=autotune is not None,

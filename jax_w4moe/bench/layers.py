@@ -16,8 +16,8 @@ import numpy as np
 
 from jax_w4moe import roofline
 from jax_w4moe.bench.shapes import Shape
-from jax_w4moe.formats import LAYOUT_VERSION, MXFP4
-from jax_w4moe.formats.layout import BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
+from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
+from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.types import PackedExperts, PackedTensor, RowOrder
 
@@ -42,19 +42,25 @@ def layer(call: Call, experts: PackedExperts) -> jax.Array:
     return fused_moe(call.x, experts, call.topk_ids, call.topk_weights)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def random_experts(key: jax.Array, shape: Shape) -> PackedExperts:
+@functools.partial(jax.jit, static_argnames=("shape", "format"))
+def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -> PackedExperts:
     """Random codes under one scale: what the kernels do does not depend on the values."""
+    groups = BLOCK_K // format.group_size
+    with jax.ensure_compile_time_eval():
+        one = jnp.full((1, groups), 118 if format.scale_dtype == jnp.uint8 else 2.0**-9)
+        words, _ = format.scale_words(
+            jnp.ones((1, BLOCK_K), jnp.uint8), one.astype(format.scale_dtype)
+        )
+        word = np.asarray(words).view(np.uint8).reshape(-1)
 
     def tensor(key: jax.Array, rows: int, columns: int, order: RowOrder) -> PackedTensor:
         grid = record_grid(rows, columns, 2 if order == "gate_up" else 1)
         data = jax.random.bits(key, (shape.num_experts, *grid, RECORD_BYTES), jnp.uint8)
-        word = np.array([118 << 23 | 0x5555 << 3], np.uint32).view(np.uint8)
         scales = jnp.asarray(np.tile(word, BLOCK_ROWS))
         data = data.at[..., CODE_BYTES:].set(scales.reshape(1, 1, 1, -1))
         exact = jnp.zeros(shape.num_experts, jnp.int32)
         full = (shape.num_experts, rows, columns)
-        return PackedTensor(data, exact, MXFP4, full, order, LAYOUT_VERSION)
+        return PackedTensor(data, exact, format, full, order, LAYOUT_VERSION)
 
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     keys = jax.random.split(key)

@@ -14,6 +14,7 @@ from jax_w4moe import roofline
 from jax_w4moe.bench import machine
 from jax_w4moe.bench.layers import Call, calls, layer, random_experts
 from jax_w4moe.bench.shapes import Shape
+from jax_w4moe.formats import MXFP4, WeightFormat
 from jax_w4moe.timing import CALLS, REPEATS, Program
 from jax_w4moe.types import PackedExperts
 
@@ -65,6 +66,7 @@ def sweep(
     num_tokens: Sequence[int],
     routings: Sequence[str],
     *,
+    format: WeightFormat = MXFP4,
     backends: dict[str, ModuleType] | None = None,
     burst: bool = False,
     tune: bool = False,
@@ -76,6 +78,7 @@ def sweep(
       shapes: the layers; the weights of one at a time are in memory.
       num_tokens: values of T.
       routings: of ``layers.ROUTINGS``.
+      format: of the weights.
       backends: modules with ``prepare`` and ``run`` to time on the same weights and calls.
       burst: time single programs after pauses, not programs back to back.
       tune: first call each layer outside of a program, so that autotune sees it.
@@ -85,7 +88,7 @@ def sweep(
       One row each.
     """
     for shape in shapes:
-        experts = random_experts(jax.random.key(0), shape)
+        experts = random_experts(jax.random.key(0), shape, format)
         prepared = {name: (b, b.prepare(experts)) for name, b in (backends or {}).items()}
         for routing in routings:
             for count in num_tokens:

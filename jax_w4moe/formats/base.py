@@ -20,6 +20,7 @@ class WeightFormat(abc.ABC):
       name: the format's name in files, errors and build reports.
       group_size: how many neighbours along K share a scale.
       scale_dtype: the dtype canonical scales are stored in.
+      code_dtype: the 4-bit dtype of an unpacked code.
       k_order: how the digits of a logical k inside its 128-block are permuted for the tensor core
         (see :mod:`jax_w4moe.formats.layout`).
     """
@@ -27,6 +28,7 @@ class WeightFormat(abc.ABC):
     name: str
     group_size: int
     scale_dtype: jnp.dtype
+    code_dtype: jnp.dtype
     k_order: str
 
     @abc.abstractmethod
@@ -58,6 +60,15 @@ class WeightFormat(abc.ABC):
     @abc.abstractmethod
     def scales_from_words(self, words: UInt32[Array, "*rest C"]) -> Shaped[Array, "*rest G"]:
         """The inverse of :meth:`scale_words`, up to the scales of all-zero groups."""
+
+    @abc.abstractmethod
+    def word_bytes(self, codes: UInt8[Array, "*rest 2 4"]) -> UInt8[Array, "*rest 4"]:
+        """The word that the kernel decodes: eight codes of one row, as [half, byte]. Zeros of codes
+        of zero weights, so that zero records are zero weights."""
+
+    @abc.abstractmethod
+    def codes_from_word_bytes(self, word: UInt8[Array, "*rest 4"]) -> UInt8[Array, "*rest 2 4"]:
+        """The inverse of :meth:`word_bytes`."""
 
     @abc.abstractmethod
     def inexact_reason(self, scales: Sequence[int | float]) -> str:

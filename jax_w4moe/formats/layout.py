@@ -17,6 +17,8 @@ Digits used in the patterns below (radix in parentheses), most significant first
 Source of the fragment map: PTX ISA, "Register fragments for wgmma.mma_async.m64nNk32", matrix A.
 """
 
+from collections.abc import Callable
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -54,14 +56,18 @@ def record_grid(rows: int, columns: int, halves: int = 1) -> tuple[int, int]:
 
 
 def record_from_codes(
-    nibbles: UInt8[Array, "E N K"], scale_words: UInt32[Array, "E N C"], k_order: str
+    nibbles: UInt8[Array, "E N K"],
+    scale_words: UInt32[Array, "E N C"],
+    k_order: str,
+    word_bytes: Callable[[UInt8[Array, "..."]], UInt8[Array, "..."]],
 ) -> UInt8[Array, "E R C 4352"]:
-    """Lays out sign-magnitude codes and scale words as records.
+    """Lays out codes and scale words as records.
 
     Args:
-      nibbles: codes in 0..15, bit 3 the sign; N a multiple of 64, K of 128.
+      nibbles: codes in 0..15; N a multiple of 64, K of 128.
       scale_words: one word per (row, K-block); C = K / 128.
       k_order: the digits of a logical k inside its K-block, e.g. "t p q h b" (a format's trait).
+      word_bytes: the four bytes of eight codes [..., half, byte] (a format's trait).
 
     Returns:
       The records, row blocks R = N / 64.
@@ -69,7 +75,9 @@ def record_from_codes(
     by_word = einops.rearrange(
         nibbles, f"e (r w s g) (c {k_order}) -> e r c p w g t q s h b", **_sizes("wsg" + k_order)
     )
-    codes = einops.rearrange(_braid(by_word), "e r c p w g t q s byte -> e r c (p w g t q s byte)")
+    codes = einops.rearrange(
+        word_bytes(by_word), "e r c p w g t q s byte -> e r c (p w g t q s byte)"
+    )
     words = einops.rearrange(scale_words, "e (r w s g) c -> e r c (w g s)", **_sizes("wsg"))
     scales = einops.rearrange(
         jax.lax.bitcast_convert_type(words, jnp.uint8), "e r c word byte -> e r c (word byte)"
@@ -78,7 +86,9 @@ def record_from_codes(
 
 
 def codes_from_record(
-    records: UInt8[Array, "E R C 4352"], k_order: str
+    records: UInt8[Array, "E R C 4352"],
+    k_order: str,
+    codes_from_word_bytes: Callable[[UInt8[Array, "..."]], UInt8[Array, "..."]],
 ) -> tuple[UInt8[Array, "E N K"], UInt32[Array, "E N C"]]:
     """The inverse of :func:`record_from_codes`."""
     codes = einops.rearrange(
@@ -87,7 +97,9 @@ def codes_from_record(
         **_sizes("pwgtqs"),
     )
     nibbles = einops.rearrange(
-        _unbraid(codes), f"e r c p w g t q s h b -> e (r w s g) (c {k_order})", **_sizes("wsg")
+        codes_from_word_bytes(codes),
+        f"e r c p w g t q s h b -> e (r w s g) (c {k_order})",
+        **_sizes("wsg"),
     )
     words = jax.lax.bitcast_convert_type(
         einops.rearrange(records[..., CODE_BYTES:], "e r c (word byte) -> e r c word byte", byte=4),
@@ -98,22 +110,3 @@ def codes_from_record(
 
 def _sizes(digits: str) -> dict[str, int]:
     return {digit: _RADIX[digit] for digit in digits.replace(" ", "")}
-
-
-def _braid(nibbles: UInt8[Array, "*rest 2 4"]) -> UInt8[Array, "*rest 4"]:
-    """Eight codes [half, byte] of one row -> the four bytes of their word.
-
-    A word holds eight 4-bit fields. The low three bits of field 4*half + byte are that code's
-    magnitude: the two halves of the word, masked, are PRMT selectors. The field's top bit is free
-    and carries a sign placed so that one mask yields four E4M3 sign bits: bit 8*byte + 7 is the
-    sign of (half 0, byte), bit 8*byte + 3 of (half 1, byte).
-    """
-    magnitude, sign = nibbles & 7, nibbles >> 3
-    pairs = magnitude.reshape(*magnitude.shape[:-2], 4, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4 | sign[..., 0, :] << 7 | sign[..., 1, :] << 3
-
-
-def _unbraid(word_bytes: UInt8[Array, "*rest 4"]) -> UInt8[Array, "*rest 2 4"]:
-    pairs = jnp.stack([word_bytes & 7, word_bytes >> 4 & 7], axis=-1)
-    sign = jnp.stack([word_bytes >> 7, word_bytes >> 3 & 1], axis=-2)
-    return pairs.reshape(sign.shape) | sign << 3

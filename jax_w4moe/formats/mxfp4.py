@@ -35,6 +35,7 @@ class Mxfp4(WeightFormat):
     name: str = "mxfp4"
     group_size: int = 32
     scale_dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.uint8))
+    code_dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float4_e2m1fn))
     # All 32 codes that a thread holds of one row are one scale group: it needs two tables a record.
     k_order: str = "t p q h b"
 
@@ -106,6 +107,24 @@ class Mxfp4(WeightFormat):
         index = jnp.stack([words >> s & 15 for s in _INDEX_SHIFTS], axis=-1).astype(jnp.int32)
         byte = jnp.where(index == 0, _ONE, index + base[..., None] - 9)
         return byte.astype(jnp.uint8).reshape(*words.shape[:-1], -1)
+
+    def word_bytes(self, codes: UInt8[Array, "*rest 2 4"]) -> UInt8[Array, "*rest 4"]:
+        """Magnitudes and braided signs.
+
+        A word holds eight 4-bit fields. The low three bits of field 4*half + byte are that code's
+        magnitude: the two halves of the word, masked, are PRMT selectors. The field's top bit is
+        free and carries a sign placed so that one mask yields four E4M3 sign bits: bit 8*byte + 7
+        is the sign of (half 0, byte), bit 8*byte + 3 of (half 1, byte).
+        """
+        magnitude, sign = codes & 7, codes >> 3
+        pairs = magnitude.reshape(*magnitude.shape[:-2], 4, 2)
+        return pairs[..., 0] | pairs[..., 1] << 4 | sign[..., 0, :] << 7 | sign[..., 1, :] << 3
+
+    def codes_from_word_bytes(self, word: UInt8[Array, "*rest 4"]) -> UInt8[Array, "*rest 2 4"]:
+        """The inverse of :meth:`word_bytes`."""
+        pairs = jnp.stack([word & 7, word >> 4 & 7], axis=-1)
+        sign = jnp.stack([word >> 7, word >> 3 & 1], axis=-2)
+        return pairs.reshape(sign.shape) | sign << 3
 
     def inexact_reason(self, scales: Sequence[int | float]) -> str:
         """Names the byte 255, or the spread and its bound."""

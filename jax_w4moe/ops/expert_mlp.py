@@ -55,7 +55,7 @@ def expert_mlp_cuda(
         operands.or_nothing(scales),
         *operands.operands(experts),
         group_sizes,
-        **operands.attributes(activation, tactic),
+        **operands.attributes(experts, activation, tactic),
         rows_per_expert=shape[1] if masked else 0,
     )
     return out.reshape(shape)

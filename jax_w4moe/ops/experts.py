@@ -39,9 +39,10 @@ def or_nothing(array: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if array is None else array
 
 
-def attributes(activation: SwiGLU, tactic: Tactic) -> dict[str, Any]:
+def attributes(experts: PackedExperts, activation: SwiGLU, tactic: Tactic) -> dict[str, Any]:
     """What the handlers are told beside their operands."""
     return {
+        "format": experts.format.name,
         "alpha": activation.alpha,
         "beta": activation.beta,
         "limit": float("inf") if activation.limit is None else activation.limit,

@@ -67,6 +67,6 @@ def fused_moe_cuda(
         *operands.operands(experts),
         topk_ids,
         topk_weights,
-        **operands.attributes(activation, tactic),
+        **operands.attributes(experts, activation, tactic),
     )
     return y

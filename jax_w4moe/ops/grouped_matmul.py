@@ -51,6 +51,7 @@ def grouped_matmul_cuda(
         or_nothing(x_scale),
         rhs.data,
         group_sizes,
+        format=rhs.format.name,
         gate_up=rhs.row_order == "gate_up",
         tile_tokens=tactic.tile_tokens,
     )

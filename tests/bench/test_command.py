@@ -33,7 +33,7 @@ def bench(*options: str) -> Result:
     return CliRunner().invoke(app, ["bench", "--shape", "tiny", *options])
 
 
-HEADER = {**machine.header(), "clocks": "sustained"}
+HEADER = {**machine.header(), "format": "mxfp4", "clocks": "sustained"}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,11 @@ def test_burst_zipf_one_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="a plot needs it")
     path = tmp_path / "plot.png"
     routings = ("--routing", "zipf", "--routing", "one")
-    result = bench("--tokens", "3", "--burst", *routings, "--plot", str(path))
+    result = bench(
+        "--tokens", "3", "--burst", "--format", "int4_g128", *routings, "--plot", str(path)
+    )
     assert result.exit_code == 0, result.output
-    assert "clocks burst" in result.output and "zipf" in result.output
+    assert "format int4_g128, clocks burst" in result.output and "zipf" in result.output
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -160,6 +162,7 @@ def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "sentence"),
     [
         (["--shape", "huge"], "shape 'huge' is unknown; use one of flash, flash_ep8, "),
+        (["--format", "int5"], "format 'int5' is unknown; use one of "),
         (["--routing", "skewed"], "routing 'skewed' is unknown; use one of balanced, zipf, one."),
         (["--tokens", "0"], "tokens=0 is below 1; leave it out."),
         (["--backend", "torch"], "backend 'torch' is unknown; use one of ragged_dot, tokamax."),

@@ -14,7 +14,7 @@ import jax_w4moe as w4
 from jax_w4moe.formats import formats
 from jax_w4moe.formats.layout import RECORD_BYTES
 from tests.helpers import data
-from tests.helpers.oracle import E2M1, dequantize_mxfp4
+from tests.helpers.oracle import DEQUANTIZE, E2M1, dequantize_mxfp4
 
 
 def _prmt(table: bytes, selector: int) -> bytes:
@@ -28,36 +28,54 @@ def _table(index: int) -> bytes:
     return values.astype(ml_dtypes.float8_e4m3fn).tobytes()
 
 
-def _registers(record: bytes, thread: int) -> tuple[np.ndarray, list[float]]:
+def _decode_mxfp4(code: int, scale_word: int, quad: int) -> list[int]:
+    """A word's two registers, for lane ``quad`` of four."""
+    table = _table((scale_word >> 4 * quad & 0x78) // 8)
+    select = code & 0x77777777
+    first = int.from_bytes(_prmt(table, select), "little") | code & 0x80808080
+    second = int.from_bytes(_prmt(table, select >> 16), "little") | code << 4 & 0x80808080
+    return [first, second]
+
+
+def _decode_int4(code: int, _scale_word: int, _quad: int) -> list[int]:
+    return [
+        (half & 0x0E0E0E0E) + (half & 0x01010101) * 0x82 & 0xFFFFFFFF for half in (code, code >> 4)
+    ]
+
+
+DECODE = {
+    "mxfp4": (_decode_mxfp4, 0x7F800000),  # and the mask of a scale word's f32
+    "int4_g128": (_decode_int4, 0xFFFFFFFF),
+}
+
+
+def _registers(
+    record: bytes, thread: int, format: w4.WeightFormat
+) -> tuple[np.ndarray, list[np.float32]]:
     """What thread 0..127 of a warpgroup holds: A registers [4 instructions, 4 registers, 4 bytes]
     as E4M3 bytes, and the f32 scales of its rows g and g + 8."""
     warp, lane = divmod(thread, 32)
     group, quad = divmod(lane, 4)
+    decode, mask = DECODE[format.name]
     words = np.frombuffer(record, np.uint32)
     plane0 = words[thread * 4 : thread * 4 + 4]
     plane1 = words[(2048 + thread * 16) // 4 :][:4]
     codes = [int(c) for c in (*plane0, *plane1)]
     scale_words = [int(w) for w in words[(4096 + (8 * warp + group) * 8) // 4 :][:2]]
-    registers = np.zeros((4, 4, 4), np.uint8)
+    registers = np.zeros((4, 4), np.uint32)
     for instruction in range(4):
         for high in range(2):
             code = codes[2 * instruction + high]
-            table = _table((scale_words[high] >> 4 * quad & 0x78) // 8)
-            select = code & 0x77777777
-            first = np.frombuffer(_prmt(table, select), np.uint32) | np.uint32(code & 0x80808080)
-            second = np.frombuffer(_prmt(table, select >> 16), np.uint32) | np.uint32(
-                code << 4 & 0x80808080
-            )
-            registers[instruction, high] = first.view(np.uint8)
-            registers[instruction, 2 + high] = second.view(np.uint8)
-    return registers, [np.uint32(w & 0x7F800000).view(np.float32) for w in scale_words]
+            registers[instruction, high::2] = decode(code, scale_words[high], quad)
+    scales = [np.uint32(w & mask).view(np.float32) for w in scale_words]
+    return registers.view(np.uint8).reshape(4, 4, 4), scales
 
 
-def _matrix_a(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _matrix_a(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> tuple[np.ndarray, np.ndarray]:
     """The 64 x 128 operand in hardware K order, and the 64 row scales."""
     matrix, scales = np.full((64, 128), np.nan), np.full(64, np.nan)
     for thread in range(128):
-        registers, row_scales = _registers(record, thread)
+        registers, row_scales = _registers(record, thread, format)
         values = registers.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
         warp, lane = divmod(thread, 32)
         group, quad = divmod(lane, 4)
@@ -78,15 +96,22 @@ def _logical_k() -> np.ndarray:
     return 32 * t + 8 * j + 4 * h + b
 
 
-def test_every_thread_decodes_its_fragment(rng: np.random.Generator) -> None:
-    q = data.quantized(rng, (2, 128, 256), low=100, high=115)
-    expected = dequantize_mxfp4(np.asarray(q.codes), np.asarray(q.scales))
+@pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
+def test_every_thread_decodes_its_fragment(
+    rng: np.random.Generator, format: w4.WeightFormat
+) -> None:
+    """Every code occurs, and every weight is exact in float64."""
+    q = data.quantized(rng, (2, 128, 256), format, low=100, high=115)
+    codes, scales = np.asarray(q.codes), np.asarray(q.scales)
+    expected = DEQUANTIZE[format.name](codes, scales)
+    assert set((codes & 15).flat) == set(range(16))
     records = np.asarray(w4.pack(q).data)
     assert records.shape == (2, 2, 2, RECORD_BYTES)
     for expert, block, k_block in np.ndindex(2, 2, 2):
-        matrix, scales = _matrix_a(records[expert, block, k_block].tobytes())
+        record = records[expert, block, k_block].tobytes()
+        matrix, row_scales = _matrix_a(record, format)
         logical = np.empty_like(matrix)
-        logical[:, _logical_k()] = matrix * scales[:, None]
+        logical[:, _logical_k()] = matrix * row_scales[:, None]
         part = expected[expert, 64 * block : 64 * block + 64, 128 * k_block : 128 * k_block + 128]
         np.testing.assert_array_equal(logical, part)
 

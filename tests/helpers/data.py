@@ -1,9 +1,19 @@
 """Random weights, activations and routings, hostile ones included."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_w4moe import ExpertWeights, QuantizedTensor, WeightFormat, formats
+from jax_w4moe import (
+    ExpertWeights,
+    PackedExperts,
+    QuantizedTensor,
+    WeightFormat,
+    formats,
+    pack_experts,
+)
 
 
 def quantized(
@@ -13,11 +23,24 @@ def quantized(
     low: int = 117,
     high: int = 123,
 ) -> QuantizedTensor:
-    """Every code, every scale of a moderate range: about 0.01 to 0.1 in magnitude."""
+    """Every code, and scales of a moderate range: weights of about 0.01 to 0.1 in magnitude.
+
+    Args:
+      rng: random numbers.
+      shape: E, N, K; K is a multiple of the format's group.
+      format: the format.
+      low, high: the range of E8M0 bytes, the upper end not included; float scales are such powers
+        of two times anything between a half and one, some of them negative.
+    """
     num_experts, rows, columns = shape
     codes = rng.integers(0, 256, (num_experts, rows, columns // 2), dtype=np.uint8)
-    scales = rng.integers(low, high, (num_experts, rows, columns // format.group_size))
-    scales = jnp.asarray(scales.astype(np.uint8)).astype(format.scale_dtype)
+    grid = (num_experts, rows, columns // format.group_size)
+    exponents = rng.integers(low, high, grid)
+    if format.scale_dtype == jnp.uint8:
+        scales = jnp.asarray(exponents, jnp.uint8)
+    else:
+        fractions = rng.uniform(0.5, 1, grid) * rng.choice([1, 1, 1, -1], grid)
+        scales = jnp.asarray(np.ldexp(fractions, exponents - 127), format.scale_dtype)
     return QuantizedTensor(jnp.asarray(codes), scales, format)
 
 
@@ -38,6 +61,29 @@ def expert_weights(
     biases = [rng.standard_normal((num_experts, n)) for n in (2 * intermediate, hidden)]
     w13_bias, w2_bias = (jnp.asarray(b, jnp.bfloat16) for b in biases)
     return ExpertWeights(w13, w2, w13_bias, w2_bias)
+
+
+def packed_experts(
+    shape: tuple[int, int, int, int],
+    *,
+    bias: bool = False,
+    format: WeightFormat = formats.MXFP4,
+) -> PackedExperts:
+    """Random packed weights of (H, I, E, k), made expert by expert."""
+    hidden, intermediate, num_experts, _ = shape
+    parts = []
+    for seed in range(num_experts):
+        rng = np.random.default_rng(seed)
+        weights = expert_weights(rng, 1, hidden, intermediate, bias=bias, format=format)
+        parts.append(pack_experts(weights))
+    leaves = [jnp.concatenate(arrays) for arrays in zip(*map(jax.tree.leaves, parts), strict=True)]
+    packed: PackedExperts = jax.tree.unflatten(jax.tree.structure(parts[0]), leaves)
+    shapes = ((num_experts, 2 * intermediate, hidden), (num_experts, hidden, intermediate))
+    w13, w2 = (
+        dataclasses.replace(tensor, shape=whole)
+        for tensor, whole in zip((packed.w13, packed.w2), shapes, strict=True)
+    )
+    return dataclasses.replace(packed, w13=w13, w2=w2)
 
 
 def tokens(rng: np.random.Generator, *shape: int) -> jnp.ndarray:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_w4moe as w4
+from jax_w4moe.formats.layout import BLOCK_K, round_up
 from tests.helpers.compare import as_float64
 
 
@@ -16,28 +17,29 @@ def sum_of_slices(
     """The sum of the slices' results, by the mirrored reference: each has its own FP8 scales of h.
 
     Args:
-      weights: canonical, with biases; I is a multiple of 32 * parts.
+      weights: canonical, with biases.
       tokens: x, topk_ids, topk_weights.
-      parts: how many slices.
+      parts: how many slices, of multiples of 128; those beyond I hold nothing.
 
     Returns:
       float64[T, H].
     """
     x, ids, routing_weights = tokens
     intermediate = weights.w13.codes.shape[1] // 2
-    size = intermediate // parts
+    size = round_up(-(-intermediate // parts), BLOCK_K)
+    group = weights.w2.format.group_size
     total = np.zeros(x.shape)
-    for part in range(parts):
-        first, end = part * size, (part + 1) * size
+    for first in range(0, intermediate, size):
+        end = min(first + size, intermediate)
         rows = np.r_[first:end, intermediate + first : intermediate + end]
         w13, w2 = weights.w13, weights.w2
         w13 = dataclasses.replace(w13, codes=w13.codes[:, rows], scales=w13.scales[:, rows])
         w2 = dataclasses.replace(
             w2,
             codes=w2.codes[..., first // 2 : end // 2],
-            scales=w2.scales[..., first // 32 : end // 32],
+            scales=w2.scales[..., first // group : end // group],
         )
-        w2_bias = weights.w2_bias if part == 0 else jnp.zeros_like(weights.w2_bias)
+        w2_bias = weights.w2_bias if first == 0 else jnp.zeros_like(weights.w2_bias)
         sliced = w4.ExpertWeights(w13, w2, weights.w13_bias[:, rows], w2_bias)
         y = w4.reference.fused_moe(x, sliced, ids, routing_weights, mode="mirrored")
         total += as_float64(y)

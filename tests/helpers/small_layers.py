@@ -1,4 +1,4 @@
-"""``python -m tests.helpers.small_layers``: every op with every tile on two small layers.
+"""``python -m tests.helpers.small_layers``: every op with every tile on small layers.
 
 For compute-sanitizer: all operands come from the host, so that initcheck, which watches our kernels
 only, knows what is written.
@@ -13,7 +13,11 @@ import numpy as np
 import jax_w4moe as w4
 from tests.helpers import data
 
-SHAPES = ((256, 128, 4, 2), (96, 32, 5, 3))  # H, I, E, k
+LAYERS = (  # H, I, E, k and the format
+    ((256, 128, 4, 2), w4.MXFP4),
+    ((96, 32, 5, 3), w4.MXFP4),
+    ((256, 128, 4, 2), w4.INT4_G128),
+)
 NUM_TOKENS = (1, 9, 65, 700)  # the last is routed by several blocks
 
 
@@ -22,11 +26,13 @@ def _to_gpu(tree: Any) -> Any:
     return jax.tree.map(lambda array: jax.device_put(np.asarray(array), gpu), tree)
 
 
-def _run(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+def _run(
+    hidden: int, intermediate: int, num_experts: int, top_k: int, format: w4.WeightFormat
+) -> None:
     rng = np.random.default_rng(0)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         on_host = w4.pack_experts(
-            data.expert_weights(rng, num_experts, hidden, intermediate, bias=True)
+            data.expert_weights(rng, num_experts, hidden, intermediate, bias=True, format=format)
         )
         calls = [
             (data.tokens(rng, n, hidden), *data.routing(rng, kind, n, num_experts, top_k))
@@ -50,6 +56,6 @@ def _run(hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
 
 
 if __name__ == "__main__":
-    for shape in SHAPES:
-        _run(*shape)
-        print(shape, "done", flush=True)
+    for shape, format in LAYERS:
+        _run(*shape, format)
+        print(shape, format, "done", flush=True)

@@ -20,7 +20,7 @@ from tests.helpers.compare import assert_bitwise, relative_rms
 from tests.helpers.meshes import AXES, make_mesh, named
 from tests.helpers.slices import sum_of_slices
 
-E, H, I, K, T = 6, 64, 256, 3, 16  # noqa: E741
+E, H, I, K, T = 6, 128, 256, 3, 16  # noqa: E741
 
 MESHES = [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2), (4, 2)]
 

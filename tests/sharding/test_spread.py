@@ -337,7 +337,7 @@ def test_bad_input(experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]) -> 
     refused(r"I=256 is 2 blocks of 128, .* over 4 devices.*up to 4", experts=experts,
             mesh=make_mesh((1, 4)), tensor_axis="tensor")  # fmt: skip
     refused(r"w13: spread over devices as .* names no axis")
-    refused(r"E=6, N=512, K=64 as packed; name expert_axis", experts=_padded(experts))
+    refused(r"E=6, N=512, K=128 as packed; name expert_axis", experts=_padded(experts))
     with pytest.raises(ValueError, match="tensor_axis='q' is not an axis"):
         w4.shard_experts(experts, mesh, tensor_axis="q")
     with pytest.raises(ValueError, match="both 'expert'"):

@@ -1,0 +1,85 @@
+"""The kernels on weights of every format: exact weights, the reference's values, the same bits."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_w4moe as w4
+from jax_w4moe import reference
+from jax_w4moe.formats import formats
+from jax_w4moe.ops import tiles
+from tests.helpers import data
+from tests.helpers.compare import MIRRORED_RMS, assert_bitwise, relative_rms
+from tests.helpers.oracle import DEQUANTIZE
+
+pytestmark = pytest.mark.gpu
+
+every_format = pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
+every_tactic = pytest.mark.parametrize("tactic", [w4.Tactic(t) for t in tiles.TILE_TOKENS], ids=str)
+kernel = functools.partial(w4.grouped_matmul, implementation="cuda_sm90")
+layer = functools.partial(w4.fused_moe, implementation="cuda_sm90")
+
+# (H, I, E, k): small, with a padded K-block, and a rank of DeepSeek-R1.
+SHAPES = ((256, 128, 4, 2), (384, 640, 5, 3), (7168, 2048, 32, 8))
+
+
+@every_format
+@every_tactic
+def test_one_hot_rows_give_back_the_weights(
+    rng: np.random.Generator, format: w4.WeightFormat, tactic: w4.Tactic
+) -> None:
+    """448 times each weight, rounded once to f32: all codes, scales of both signs."""
+    q = data.quantized(rng, (1, 576, 256), format)
+    codes = np.asarray(q.codes)
+    assert len(set(codes.flat)) == 256
+    lhs = (jnp.eye(256) * 448).astype(jnp.float8_e4m3fn)
+    sizes = jnp.asarray([256], jnp.int32)
+    out = kernel(
+        lhs, w4.pack(q), sizes, x_scale=1.0, preferred_element_type=jnp.float32, tactic=tactic
+    )
+    expected = 448 * DEQUANTIZE[format.name](codes, np.asarray(q.scales))[0].T
+    np.testing.assert_array_equal(np.asarray(out), expected.astype(np.float32))
+
+
+@functools.lru_cache(maxsize=2)
+def _experts(format: w4.WeightFormat, shape: tuple[int, int, int, int]) -> w4.PackedExperts:
+    return data.packed_experts(shape, bias=True, format=format)
+
+
+@every_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_against_the_reference(
+    format: w4.WeightFormat, shape: tuple[int, int, int, int]
+) -> None:
+    """And a token is bitwise the same in every batch."""
+    hidden, _, num_experts, top_k = shape
+    experts = _experts(format, shape)
+    rng = np.random.default_rng(0)
+    x = data.tokens(rng, 2049, hidden)
+    ids, weights = data.routing(rng, "random", 2049, num_experts, top_k)
+    everything = np.asarray(layer(x, experts, ids, weights))
+    for count in (1, 9, 65, 300):
+        rows = rng.permutation(2049)[:count]
+        y = layer(x[rows], experts, ids[rows], weights[rows])
+        assert_bitwise(y, everything[rows])
+        compare = functools.partial(reference.fused_moe, x[rows], experts, ids[rows], weights[rows])
+        assert relative_rms(y, compare(mode="mirrored")) <= 1e-2
+        assert relative_rms(y, compare(mode="exact")) <= MIRRORED_RMS
+    for _ in range(100):
+        assert_bitwise(layer(x, experts, ids, weights), everything)
+
+
+def test_int4_with_an_empty_expert(rng: np.random.Generator) -> None:
+    """Two experts, one without rows; scales of both signs around 0.005."""
+    codes = rng.integers(0, 256, (2, 1024, 256), dtype=np.uint8)
+    scales = (0.005 * rng.standard_normal((2, 1024, 4))).astype(np.float32)
+    q = w4.QuantizedTensor(jnp.asarray(codes), jnp.asarray(scales), w4.INT4_G128)
+    lhs, sizes = data.tokens(rng, 2, 512), jnp.asarray([0, 2], jnp.int32)
+    for scale_dtype in (jnp.float32, jnp.bfloat16):
+        rhs = w4.pack(w4.QuantizedTensor(q.codes, q.scales.astype(scale_dtype), w4.INT4_G128))
+        out = kernel(lhs, rhs, sizes, preferred_element_type=jnp.float32)
+        expected = reference.grouped_matmul(lhs, rhs, sizes, mode="mirrored")
+        assert relative_rms(out, expected) < 1e-3
+        assert relative_rms(out, reference.grouped_matmul(lhs, rhs, sizes)) < 4e-2
