@@ -78,6 +78,9 @@ def bench(
         list[str] | None, typer.Option(help="Time ragged_dot or tokamax, too.")
     ] = None,
     format: Annotated[str, typer.Option(help="Of the weights: mxfp4 or int4_g128.")] = "mxfp4",
+    act_dtype: Annotated[
+        str, typer.Option(help="Of the activations: float8_e4m3fn or bfloat16.")
+    ] = "float8_e4m3fn",
     burst: Annotated[
         bool, typer.Option("--burst", help="Short bursts after pauses, not a sustained load.")
     ] = False,
@@ -119,6 +122,7 @@ def bench(
             routings=routing or (),
             backend_names=backend or (),
             format=format,
+            act_dtype=act_dtype,
             burst=burst,
             json=json,
             compare=compare,

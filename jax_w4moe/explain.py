@@ -19,13 +19,16 @@ _SWIGLU = SwiGLU()
 _PER_TOKEN = PerToken()
 
 
-def workspace_bytes(experts: PackedExperts, num_tokens: int, top_k: int) -> int:
+def workspace_bytes(
+    experts: PackedExperts, num_tokens: int, top_k: int, *, act_dtype: Any = jnp.float8_e4m3fn
+) -> int:
     """GPU memory that a call of ``fused_moe`` needs beside its operands and its result.
 
     Args:
       experts: the packed weights; only their shapes count.
       num_tokens: T. From T * k = 65,536 on the workspace grows no more.
       top_k: k.
+      act_dtype: as for ``fused_moe``.
 
     Returns:
       Bytes.
@@ -35,7 +38,7 @@ def workspace_bytes(experts: PackedExperts, num_tokens: int, top_k: int) -> int:
     """
     checks.packed_experts(experts)
     checks.sizes(num_tokens, top_k, experts.num_experts)
-    return op.workspace_bytes(num_tokens, top_k, experts)
+    return op.workspace_bytes(num_tokens, top_k, experts, act_dtype)
 
 
 def explain(
@@ -81,8 +84,8 @@ def explain(
     pairs, num_experts = num_tokens * top_k, experts.num_experts
     touched, counted = _touched(topk_ids, num_experts)
     nbytes, flops = roofline.layer_work(experts, pairs, touched)
-    chosen = tuning.choose(Problem.of_layer("fused_moe", experts, pairs), tactic)
-    workspace = op.workspace_bytes(num_tokens, top_k, experts) / _MIB
+    chosen = tuning.choose(Problem.of_layer("fused_moe", experts, pairs, act_dtype), tactic)
+    workspace = op.workspace_bytes(num_tokens, top_k, experts, act_dtype) / _MIB
     inexact = int(np.sum(np.asarray(experts.inexact_groups)))
     rows = [
         ("call", f"{num_tokens} tokens, {top_k} of {num_experts} experts each"),
@@ -91,7 +94,7 @@ def explain(
             f"{experts.w13.format.name}, H={experts.hidden_size}, I={experts.intermediate_size},"
             f" {experts.nbytes / _MIB:,.1f} MiB, {inexact} inexact groups",
         ),
-        ("implementation", _implementation(implementation, act_dtype)),
+        ("implementation", _implementation(implementation, act_dtype, x.dtype)),
         (
             "tactic",
             f"tiles of {chosen.tactic.tile_tokens} tokens at most, by {chosen.source};"
@@ -121,8 +124,8 @@ def _touched(topk_ids: Any, num_experts: int) -> tuple[float, bool]:
     return roofline.touched_experts(topk_ids, num_experts), True
 
 
-def _implementation(requested: str | None, act_dtype: Any) -> str:
-    choice = implementations.choose("fused_moe", requested, act_dtype)
+def _implementation(requested: str | None, act_dtype: Any, x_dtype: Any) -> str:
+    choice = implementations.choose("fused_moe", requested, act_dtype, x_dtype)
     if requested is not None:
         return f"{choice}, as asked for"
     if choice == "xla":

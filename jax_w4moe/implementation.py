@@ -10,13 +10,19 @@ from jax_w4moe import _ffi, varying
 Choice = Literal["xla", "cuda_sm90", "both"]
 
 
-def choose(op: str, requested: str | None, act_dtype: Any = jnp.float8_e4m3fn) -> Choice:
+def choose(
+    op: str,
+    requested: str | None,
+    act_dtype: Any = jnp.float8_e4m3fn,
+    x_dtype: Any = jnp.bfloat16,
+) -> Choice:
     """Chooses how an op runs.
 
     Args:
       op: the op's name, e.g. "fused_moe".
       requested: the caller's ``implementation``: None, "xla" or "cuda_sm90".
-      act_dtype: what activations are rounded to; the kernels take float8_e4m3fn only.
+      act_dtype: what activations are rounded to.
+      x_dtype: what they come as.
 
     Returns:
       "xla"; "cuda_sm90"; or "both", when the platform that the program is lowered for decides
@@ -34,8 +40,9 @@ def choose(op: str, requested: str | None, act_dtype: Any = jnp.float8_e4m3fn) -
         )
     if requested == "xla":
         return "xla"
-    dtype = jnp.dtype(act_dtype)
-    unsupported = None if dtype == jnp.float8_e4m3fn else f"act_dtype={dtype}"
+    unsupported = None
+    if jnp.dtype(act_dtype) == jnp.bfloat16 and jnp.dtype(x_dtype) != jnp.bfloat16:
+        unsupported = f"act_dtype=bfloat16 for x of {jnp.dtype(x_dtype)}"
     if requested == "cuda_sm90":
         reason = _ffi.why_unavailable()
         if reason:
@@ -55,6 +62,17 @@ def choose(op: str, requested: str | None, act_dtype: Any = jnp.float8_e4m3fn) -
         )
     _require_kernel(op, unsupported)
     return "both"
+
+
+def without_kernel(op: str, choice: Choice, unsupported: str) -> Choice:
+    """The choice for something that has no kernel: plain XLA, where no Hopper GPU is asked for.
+
+    Raises:
+      NotImplementedError: one is, or is here.
+    """
+    if choice == "cuda_sm90" or (choice == "both" and _cuda_devices()):
+        _require_kernel(op, unsupported)
+    return "xla"
 
 
 def run(choice: Choice, cuda: Any, xla: Any, *operands: Any) -> Any:

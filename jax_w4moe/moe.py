@@ -108,10 +108,10 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
-    choice = implementations.choose("fused_moe", implementation, act_dtype)
+    choice = implementations.choose("fused_moe", implementation, act_dtype, x.dtype)
     op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype))
     tokens = Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
-    problem = Problem.of_layer("fused_moe", experts, topk_ids.size)
+    problem = Problem.of_layer("fused_moe", experts, topk_ids.size, act_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
         options = (choice, activation, jnp.dtype(act_dtype), tactic)
@@ -160,10 +160,10 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    choice = implementations.choose("expert_mlp", implementation, act_dtype)
+    choice = implementations.choose("expert_mlp", implementation, act_dtype, rows.dtype)
     op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype))
     tokens = _Rows(rows, _per_row(rows, x_scale))
-    problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]))
+    problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]), act_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
 
@@ -202,10 +202,10 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    choice = implementations.choose("grouped_matmul", implementation, act_dtype)
+    choice = implementations.choose("grouped_matmul", implementation, act_dtype, lhs.dtype)
     op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), out_dtype)
     tokens = _Rows(lhs, _per_row(lhs, x_scale))
-    problem = Problem.of_matmul(rhs, lhs.shape[0])
+    problem = Problem.of_matmul(rhs, lhs.shape[0], act_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
 
@@ -321,9 +321,9 @@ def _fused_moe(
 
     def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
         x, x_scale, ids, weights = tokens
-        problem = Problem.of_layer("fused_moe", experts, ids.size)
+        problem = Problem.of_layer("fused_moe", experts, ids.size, act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return fused_moe_cuda(x, x_scale, experts, ids, weights, activation, chosen)
+        return fused_moe_cuda(x, x_scale, experts, ids, weights, act_dtype, activation, chosen)
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
         return implementations.run(choice, cuda, xla, tokens, experts)
@@ -394,8 +394,11 @@ def _spread_run(
     # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
     # the slices' own scales differ from one device's by more than that.
     is_rounded_late = placement.tensor_axis is not None and not is_fp8
-    slot_dtype = jnp.dtype(jnp.float32 if is_rounded_late else jnp.bfloat16)
-    slot_layer = _fused_moe(choice, activation, act_dtype, tactic, slot_dtype)
+    slot_layer = layer
+    if is_rounded_late and placement.exchange == sharding.SLOT_ROWS:
+        what = "act_dtype=bfloat16 with exchange='slot_rows' over a tensor axis"
+        own = implementations.without_kernel("fused_moe", choice, what)
+        slot_layer = _fused_moe(own, activation, act_dtype, tactic, jnp.dtype(jnp.float32))
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
         part = sharding.local_part(experts, placement)
@@ -451,9 +454,9 @@ def _expert_mlp(
 
     def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         num_rows = math.prod(tokens.rows.shape[:-1])
-        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows)
+        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return expert_mlp_cuda(*tokens, *fixed, activation, chosen)
+        return expert_mlp_cuda(*tokens, *fixed, act_dtype, activation, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         return implementations.run(choice, cuda, xla, tokens, fixed)
@@ -483,9 +486,9 @@ def _grouped_matmul(
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0])
+        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return grouped_matmul_cuda(*tokens, *fixed, out_dtype, chosen)
+        return grouped_matmul_cuda(*tokens, *fixed, act_dtype, out_dtype, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         return implementations.run(choice, cuda, xla, tokens, fixed)

@@ -184,6 +184,7 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
             rhs.data,
             sizes,
             format="mxfp4",
+            is_bf16=False,
             gate_up=False,
             tile_tokens=tile,
         )
@@ -199,7 +200,9 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
         call(needed, smallest, width=65)
 
 
-def test_bf16_activations_are_refused(rng: np.random.Generator) -> None:
+def test_fp8_rows_for_bf16_activations_are_refused(rng: np.random.Generator) -> None:
     rhs = w4.pack(data.quantized(rng, (1, 64, 128)))
-    with pytest.raises(NotImplementedError, match="act_dtype=bfloat16 has no SM90 kernel; pass"):
-        kernel(data.tokens(rng, 4, 128), rhs, jnp.asarray([4], jnp.int32), act_dtype=jnp.bfloat16)
+    lhs, scale = w4.quantize_fp8(data.tokens(rng, 4, 128))
+    sizes = jnp.asarray([4], jnp.int32)
+    with pytest.raises(NotImplementedError, match="bfloat16 for x of float8_e4m3fn has no SM90"):
+        kernel(lhs, rhs, sizes, x_scale=scale, act_dtype=jnp.bfloat16)

@@ -68,9 +68,9 @@ ffi::Error CheckShape(const char* op, const char* name, ffi::AnyBuffer buffer,
   return ffi::Error::Success();
 }
 
-ffi::Error CheckRows(const char* op, const char* name, ffi::AnyBuffer rows,
-                     ffi::AnyBuffer x_scale) {
-  const bool is_fp8 = rows.element_type() == ffi::F8E4M3FN;
+ffi::Error CheckRows(const char* op, const char* name, ffi::AnyBuffer rows, ffi::AnyBuffer x_scale,
+                     bool is_bf16) {
+  const bool is_fp8 = !is_bf16 && rows.element_type() == ffi::F8E4M3FN;
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, name, rows, is_fp8 ? ffi::F8E4M3FN : ffi::BF16, 2));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "x_scale", x_scale, ffi::F32, is_fp8 ? 2 : 1));
   return is_fp8 ? CheckShape(op, "x_scale", x_scale, {rows.dimensions()[0], 1})
@@ -81,17 +81,18 @@ const float* Optional(ffi::AnyBuffer buffer) {
   return buffer.element_count() ? static_cast<const float*>(buffer.untyped_data()) : nullptr;
 }
 
-ffi::Error ReadFormat(const char* op, std::string_view name, WeightFormat* format) {
-  if (!FindFormat(name, format)) {
+ffi::Error ReadOperands(const char* op, std::string_view format, bool is_bf16, Operands* operands) {
+  operands->is_bf16 = is_bf16;
+  if (!FindFormat(format, &operands->weights)) {
     return InvalidArgument(
-        op, ": weights of format \"", name,
+        op, ": weights of format \"", format,
         "\" have no kernel here; call the op through jax_w4moe, which checks this");
   }
   return ffi::Error::Success();
 }
 
-ffi::Error CheckTile(const char* op, int64_t tile_tokens) {
-  if (!HasTile(tile_tokens)) {
+ffi::Error CheckTile(const char* op, int64_t tile_tokens, bool is_bf16) {
+  if (!HasTile(tile_tokens, is_bf16)) {
     return InvalidArgument(op, ": no tile of ", tile_tokens,
                            " tokens is compiled; call the op through jax_w4moe, which knows them");
   }

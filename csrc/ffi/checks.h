@@ -23,18 +23,19 @@ xla::ffi::Error CheckShape(const char* op, const char* name, xla::ffi::AnyBuffer
                            std::initializer_list<int64_t> expected);
 
 // Rows [num_rows, width] come as bf16, with x_scale of no elements, or as f8e4m3fn with x_scale
-// [num_rows, 1].
+// [num_rows, 1]; where activations are bf16, as the former.
 xla::ffi::Error CheckRows(const char* op, const char* name, xla::ffi::AnyBuffer rows,
-                          xla::ffi::AnyBuffer x_scale);
+                          xla::ffi::AnyBuffer x_scale, bool is_bf16);
 
 // The data of an operand that may be left out, by giving one of no elements.
 const float* Optional(xla::ffi::AnyBuffer buffer);
 
 // A format of this name must be compiled.
-xla::ffi::Error ReadFormat(const char* op, std::string_view name, WeightFormat* format);
+xla::ffi::Error ReadOperands(const char* op, std::string_view format, bool is_bf16,
+                             Operands* operands);
 
 // A tile of so many tokens must be compiled.
-xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens);
+xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens, bool is_bf16);
 
 // The workspace must have `needed` bytes.
 xla::ffi::Error CheckWorkspace(const char* op, xla::ffi::AnyBuffer workspace, int64_t needed);

@@ -20,21 +20,22 @@ constexpr char kName[] = "expert_mlp";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(std::string_view format_name, float, float, float, int64_t, int64_t) {
+ffi::Error Initialize(std::string_view format, bool is_bf16, float, float, float, int64_t,
+                      int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
-  WeightFormat format{};
-  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &format));
-  return FromCuda(PrepareExperts(format), kName, "raising the shared-memory limit");
+  Operands operands{};
+  JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &operands));
+  return FromCuda(PrepareExperts(operands), kName, "raising the shared-memory limit");
 }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer w13, ffi::AnyBuffer w13_bias, ffi::AnyBuffer w2,
                    ffi::AnyBuffer w2_bias, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   std::string_view format_name, float alpha, float beta, float limit,
+                   std::string_view format, bool is_bf16, float alpha, float beta, float limit,
                    int64_t tile_tokens, int64_t rows_per_expert) {
   calls.fetch_add(1, std::memory_order_relaxed);
-  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "x", x, x_scale));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "x", x, x_scale, is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "group_sizes", group_sizes, ffi::S32, 1));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "out", *out, ffi::BF16, 2));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "workspace", *workspace, ffi::U8, 1));
@@ -43,8 +44,8 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
   p.num_rows = x.dimensions()[0];
   p.rows_per_expert = rows_per_expert;
   const int64_t hidden = x.dimensions()[1];
-  JAX_W4MOE_RETURN_IF_ERROR(
-      ReadExperts(kName, format_name, w13, w13_bias, w2, w2_bias, hidden, tile_tokens, &p.experts));
+  JAX_W4MOE_RETURN_IF_ERROR(ReadExperts(kName, format, is_bf16, w13, w13_bias, w2, w2_bias, hidden,
+                                        tile_tokens, &p.experts));
   p.experts.alpha = alpha;
   p.experts.beta = beta;
   p.experts.limit = limit;
@@ -72,6 +73,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
                        ffi::Ffi::BindInitialize()
                            .Attr<std::string_view>("format")
+                           .Attr<bool>("is_bf16")
                            .Attr<float>("alpha")
                            .Attr<float>("beta")
                            .Attr<float>("limit")
@@ -91,6 +93,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<std::string_view>("format")
+                           .Attr<bool>("is_bf16")
                            .Attr<float>("alpha")
                            .Attr<float>("beta")
                            .Attr<float>("limit")

@@ -9,13 +9,13 @@ namespace jax_w4moe {
 
 namespace ffi = xla::ffi;
 
-ffi::Error ReadExperts(const char* op, std::string_view format, ffi::AnyBuffer w13,
+ffi::Error ReadExperts(const char* op, std::string_view format, bool is_bf16, ffi::AnyBuffer w13,
                        ffi::AnyBuffer w13_bias, ffi::AnyBuffer w2, ffi::AnyBuffer w2_bias,
                        int64_t hidden_size, int64_t tile_tokens, Experts* experts) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "w13", w13, ffi::U8, 4));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(op, "w2", w2, ffi::U8, 4));
   Experts& e = *experts;
-  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(op, format, &e.format));
+  JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(op, format, is_bf16, &e.operands));
   e.num_experts = w13.dimensions()[0];
   e.hidden_size = hidden_size;
   e.w13_row_blocks = w13.dimensions()[1];
@@ -37,7 +37,7 @@ ffi::Error ReadExperts(const char* op, std::string_view format, ffi::AnyBuffer w
     return InvalidArgument(op, ": w13 has ", e.w13_row_blocks, " row blocks, expected ",
                            4 * e.w2_k_blocks, " for w2's K-blocks; pack both with pack_experts");
   }
-  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(op, tile_tokens));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(op, tile_tokens, is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(
       CheckShape(op, "w13", w13, {e.num_experts, e.w13_row_blocks, e.w13_k_blocks, kRecordBytes}));
   JAX_W4MOE_RETURN_IF_ERROR(

@@ -20,19 +20,19 @@ constexpr char kName[] = "grouped_matmul";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(std::string_view format_name, bool, int64_t) {
+ffi::Error Initialize(std::string_view format, bool is_bf16, bool, int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
-  WeightFormat format{};
-  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &format));
-  return FromCuda(PrepareGroupedMatmul(format), kName, "raising the shared-memory limit");
+  Operands operands{};
+  JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &operands));
+  return FromCuda(PrepareGroupedMatmul(operands), kName, "raising the shared-memory limit");
 }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer records, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   std::string_view format_name, bool gate_up, int64_t tile_tokens) {
+                   std::string_view format, bool is_bf16, bool gate_up, int64_t tile_tokens) {
   calls.fetch_add(1, std::memory_order_relaxed);
-  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale, is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "group_sizes", group_sizes, ffi::S32, 1));
   const bool out_is_f32 = out->element_type() == ffi::F32;
@@ -40,7 +40,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "workspace", *workspace, ffi::U8, 1));
 
   GroupedMatmulParams p{};
-  JAX_W4MOE_RETURN_IF_ERROR(ReadFormat(kName, format_name, &p.format));
+  JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &p.operands));
   p.num_rows = lhs.dimensions()[0];
   p.contraction = lhs.dimensions()[1];
   p.num_experts = records.dimensions()[0];
@@ -67,8 +67,9 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
     return InvalidArgument(kName, ": N=", p.num_columns, " does not fit ", p.row_blocks,
                            " row blocks of 64; pack the weights of this N");
   }
-  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens));
-  const int64_t needed = GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks, p.num_experts);
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens, is_bf16));
+  const int64_t needed =
+      GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks * p.operands.Panels(), p.num_experts);
   JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));
   p.lhs = lhs.untyped_data();
   p.x_scale = Optional(x_scale);
@@ -80,10 +81,12 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   return FromCuda(LaunchGroupedMatmul(p, stream), kName, "the kernel launches");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Attr<std::string_view>("format").Attr<bool>("gate_up").Attr<int64_t>(
-        "tile_tokens"));
+XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
+                       ffi::Ffi::BindInitialize()
+                           .Attr<std::string_view>("format")
+                           .Attr<bool>("is_bf16")
+                           .Attr<bool>("gate_up")
+                           .Attr<int64_t>("tile_tokens"));
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()
@@ -95,6 +98,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<std::string_view>("format")
+                           .Attr<bool>("is_bf16")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"),
                        {ffi::Traits::kCmdBufferCompatible});

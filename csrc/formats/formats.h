@@ -16,6 +16,14 @@ enum class WeightFormat {
 #undef JAX_W4MOE_CASE
 };
 
+// What the operands of a grouped GEMM are.
+struct Operands {
+  WeightFormat weights;
+  bool is_bf16;  // activations; else E4M3
+
+  int Panels() const { return is_bf16 ? 2 : 1; }  // as in mainloop/activations.cuh
+};
+
 // The format of a name; false if there is none.
 inline bool FindFormat(std::string_view name, WeightFormat* format) {
 #define JAX_W4MOE_CASE(Format, its_name) \

@@ -10,10 +10,11 @@
 
 namespace jax_w4moe {
 
-// Format_: a class of formats/.
-template <typename Format_, int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
+// Decoder_: of formats/, for one kind of activations.
+template <typename Decoder_, int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
 struct GroupedGemmTile {
-  using Format = Format_;
+  using Decoder = Decoder_;
+  static constexpr int kPanels = Decoder::Activations::kPanels;
   static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
   static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -24,7 +25,8 @@ struct GroupedGemmTile {
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
   // Shared memory.
-  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kPanelBytes = kTokens * 128;
+  static constexpr int kTokenBytes = kPanels * kPanelBytes;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
   static constexpr int kStagingBytes = kTokens * kStagingRow;
   static constexpr int kScaleBytes = kTokens * 4;
@@ -35,7 +37,7 @@ struct GroupedGemmTile {
   // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
   // the one being finished and the one being announced.
   static constexpr int kItems = kStages + 2;
-  static constexpr int kItemsAt = kTableAt + Format::kTableBytes;
+  static constexpr int kItemsAt = kTableAt + Decoder::kTableBytes;
   static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
   static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
   static constexpr int kSharedBytes = kBarriersAt + 16 * (kStages + kWarpgroups);

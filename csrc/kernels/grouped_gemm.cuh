@@ -46,7 +46,8 @@ template <typename Tile, typename Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
-  using Format = typename Tile::Format;
+  using Decoder = typename Tile::Decoder;
+  using Activations = typename Decoder::Activations;
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
   constexpr bool kStaged = Epilogue::kStaged;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -59,9 +60,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto drained_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w + 1); };
   auto staging_of = [&](int w) { return tokens + Tile::kStagingAt + w * Tile::kStagingBytes; };
 
-  if constexpr (Format::kTableBytes > 0) {
-    if (threadIdx.x < Format::kTableBytes) {
-      shared[Tile::kTableAt + threadIdx.x] = Format::TableByte(threadIdx.x);
+  if constexpr (Decoder::kTableBytes > 0) {
+    if (threadIdx.x < Decoder::kTableBytes) {
+      shared[Tile::kTableAt + threadIdx.x] = Decoder::TableByte(threadIdx.x);
     }
   }
   if (const int s = threadIdx.x; s < kStages) {
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       constexpr int kWidth = decltype(width)::value, kSubtiles = Tile::kSubtiles;
       float acc[kSubtiles][kWidth / 2], partial[kWidth / 2];
       uint32_t a[2][4][4];
-      typename Format::Tables tables;
+      typename Decoder::Tables tables;
 #pragma unroll
       for (int n = 0; n < kSubtiles; ++n) {
 #pragma unroll
@@ -150,41 +151,64 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       auto load_first = [&](uint32_t (&fragments)[4][4]) {
         ptx::BarrierWait(full + 8 * stage, parity);
-        tables = Format::LoadTables(record_at(stage), thread, table);
-        Format::template LoadPlane<0>(record_at(stage), thread, tables, fragments);
+        tables = Decoder::LoadTables(record_at(stage), thread, table);
+        Decoder::template LoadPlane<0>(record_at(stage), thread, tables, fragments);
       };
       auto load_second = [&](uint32_t (&fragments)[4][4]) {
-        Format::template LoadPlane<1>(record_at(stage), thread, tables, fragments);
+        Decoder::template LoadPlane<1>(record_at(stage), thread, tables, fragments);
       };
-      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
-      // Nothing is read from shared memory between a product's end and the next one's issue: beside
-      // WGMMA's own reads that takes long.
-      auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
-        const int used = stage;
-        float scale[2];
-        advance();
+      auto token_tile = [&](int at, int first) {
+        return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
+      };
+      float scale[2];
+      auto promote = [&](float (&to)[kWidth / 2]) {
 #pragma unroll
-        for (int n = 0; n < kSubtiles; ++n) {
-          MultiplyK128<kWidth>(partial, now,
-                               first_tile + (used * Tile::kTokens + n * kWidth) * kDescriptorToken);
-          if (n == 0) Format::LoadScale(record_at(used), thread, scale);
-          if (n == 0 && more) load_first(next);
-          if (n + 1 == kSubtiles && more) load_second(next);
-          WaitForProducts(partial);
-          if (n + 1 == kSubtiles) release(used);
+        for (int j = 0; j < kWidth / 2; ++j) to[j] = fmaf(partial[j], scale[j / 2 % 2], to[j]);
+      };
+      if constexpr (Tile::kPanels == 1) {
+        // One K128, decoded into `now`; the next is decoded into `next` while the products run.
+        // Nothing is read from shared memory between a product's end and the next one's issue:
+        // beside WGMMA's own reads that takes long.
+        auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
+          const int used = stage;
+          advance();
 #pragma unroll
-          for (int j = 0; j < kWidth / 2; ++j) {
-            acc[n][j] = fmaf(partial[j], scale[j / 2 % 2], acc[n][j]);
+          for (int n = 0; n < kSubtiles; ++n) {
+            Multiply<Activations, kWidth>(partial, now, token_tile(used, n * kWidth), false);
+            if (n == 0) Decoder::LoadScale(record_at(used), thread, scale);
+            if (n == 0 && more) load_first(next);
+            if (n + 1 == kSubtiles && more) load_second(next);
+            WaitForProducts(partial);
+            if (n + 1 == kSubtiles) release(used);
+            promote(acc[n]);
           }
+        };
+        load_first(a[0]);
+        load_second(a[0]);
+        for (int k = p.weights.k_blocks;; k -= 2) {
+          step(a[0], a[1], k > 1);
+          if (k == 1) break;
+          step(a[1], a[0], k > 2);
+          if (k == 2) break;
         }
-      };
-      load_first(a[0]);
-      load_second(a[0]);
-      for (int k = p.weights.k_blocks;; k -= 2) {
-        step(a[0], a[1], k > 1);
-        if (k == 1) break;
-        step(a[1], a[0], k > 2);
-        if (k == 2) break;
+      } else {
+        // One K128 is two products, of a plane each. The second plane is decoded while the first
+        // multiplies, the next record's first plane while the second does.
+        static_assert(kSubtiles == 1, "two planes of partial sums are not kept");
+        load_first(a[0]);
+        for (int k = p.weights.k_blocks; k > 0; --k) {
+          const int used = stage;
+          Multiply<Activations, kWidth>(partial, a[0], token_tile(used, 0), false);
+          load_second(a[1]);
+          Multiply<Activations, kWidth>(partial, a[1], token_tile(used, Tile::kTokens), true);
+          Decoder::LoadScale(record_at(used), thread, scale);
+          WaitForAllButOne(a[0]);
+          advance();
+          if (k > 1) load_first(a[0]);
+          WaitForProducts(partial);
+          release(used);
+          promote(acc[0]);
+        }
       }
       EpilogueTile tile{ptx::FreshThreadIndex() % 128,
                         item.expert,

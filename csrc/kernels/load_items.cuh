@@ -23,7 +23,7 @@ struct Records {
 
 struct GroupedGemmParams {
   Records weights;
-  const uint8_t* image;    // token image, [k_blocks][image_rows][128]
+  const uint8_t* image;    // token image, [k_blocks][panels][image_rows][128]
   const float* row_scale;  // [image_rows]
   Plan plan;
   int64_t image_rows;
@@ -70,11 +70,13 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   }
   __syncthreads();  // the barriers are there
 
-  const bool is_tokens = lane == kWarpgroups;
-  const uint32_t to = shared + (is_tokens ? 0 : Tile::kWeightsAt + lane * kRecordBytes);
+  const int panel = lane - kWarpgroups;
+  const bool is_tokens = panel >= 0 && panel < Tile::kPanels;
+  const uint32_t to =
+      shared + (is_tokens ? panel * Tile::kPanelBytes : Tile::kWeightsAt + lane * kRecordBytes);
   const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
   const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
-  const int64_t k_step = is_tokens ? p.image_rows * 128 : kRecordBytes;
+  const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
   int early = is_early ? min(k_blocks, is_few ? 3 : kStages) : 0;
   int stage = 0, slot = 0, ticket = 0;
@@ -82,14 +84,15 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   for (int i = first_item; i < num_items;) {
     const WorkItem item = ItemAt<Tile>(planned, rows, i);
     const bool copies = is_tokens || lane < item.slabs;
-    const uint8_t* from = is_tokens ? p.image + item.first_row * 128
+    const uint8_t* from = is_tokens ? p.image + (panel * p.image_rows + item.first_row) * 128
                                     : p.weights.Slab(item.expert, item.first_slab + lane);
     const uint32_t tile_bytes = item.live * 128;
     const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
     auto expect = [&](int k) {
       if (lane == 0) {
         if (k == 0) Announce(items[slot], item);
-        ptx::BarrierArriveExpect(full + 8 * stage, tile_bytes + item.slabs * kRecordBytes);
+        ptx::BarrierArriveExpect(full + 8 * stage,
+                                 Tile::kPanels * tile_bytes + item.slabs * kRecordBytes);
       }
       __syncwarp();
     };

@@ -1,6 +1,6 @@
 // Writes rows as a token image. The kernel has two policies: the Source says what a row holds
-// (bf16, quantised here; or E4M3), the Placement where it goes: to k rows after routing, or to its
-// own.
+// (bf16, quantised here or kept; or E4M3), the Placement where it goes: to k rows after routing, or
+// to its own.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +26,7 @@ __device__ __forceinline__ int ChunkK(int chunk, int t) {
 // --- sources: rows of `width` values, a multiple of 32 ---
 //
 // Load: what a chunk of the image is made from. AbsMax: its part of Finish's amax_bits. Finish:
-// what chunks are multiplied by, and the row's scale.
+// what chunks are multiplied by, and the row's scale. Convert: a chunk as the image has it.
 
 // bf16, quantised by the rule of quantize_fp8.
 struct Bf16Rows {
@@ -53,9 +53,25 @@ struct Bf16Rows {
   __device__ __forceinline__ float Finish(int64_t, uint32_t amax_bits, float& scale) const {
     return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
   }
-  static __device__ __forceinline__ uint4 Chunk(const Raw& raw, float inv_scale) {
-    return make_uint4(Quantize(raw.fours[0], inv_scale), Quantize(raw.fours[1], inv_scale),
-                      Quantize(raw.fours[2], inv_scale), Quantize(raw.fours[3], inv_scale));
+  using Value = uint4;
+  static __device__ __forceinline__ void Convert(const Raw& raw, float inv_scale, Value& value) {
+    value = make_uint4(Quantize(raw.fours[0], inv_scale), Quantize(raw.fours[1], inv_scale),
+                       Quantize(raw.fours[2], inv_scale), Quantize(raw.fours[3], inv_scale));
+  }
+};
+
+// bf16, kept.
+struct KeptBf16Rows : Bf16Rows {
+  static __device__ __forceinline__ uint32_t AbsMax(const Raw&) { return 0; }
+  __device__ __forceinline__ float Finish(int64_t, uint32_t, float& scale) const {
+    scale = 1.0f;
+    return 1.0f;
+  }
+  using Value = uint4[2];
+  static __device__ __forceinline__ void Convert(const Raw& raw, float, Value& value) {
+    const uint2(&f)[4] = raw.fours;
+    value[0] = make_uint4(f[0].x, f[1].x, f[2].x, f[3].x);
+    value[1] = make_uint4(f[0].y, f[1].y, f[2].y, f[3].y);
   }
 };
 
@@ -80,7 +96,10 @@ struct Fp8Rows {
     scale = x_scale[row];
     return 1.0f;
   }
-  static __device__ __forceinline__ uint4 Chunk(const Raw& raw, float) { return raw; }
+  using Value = uint4;
+  static __device__ __forceinline__ void Convert(const Raw& raw, float, Value& value) {
+    value = raw;
+  }
 };
 
 // --- placements ---
@@ -284,7 +303,8 @@ __global__ void __launch_bounds__(kImageThreads)
     if (place.phase >= 0) image.row_scale[place.row] = scale;
   }
   auto write = [&](int chunk, const typename Source::Raw& raw) {
-    const uint4 value = Source::Chunk(raw, inv_scale);
+    typename Source::Value value;
+    Source::Convert(raw, inv_scale, value);
     for (int slot = 0; slot < placement.Count(); ++slot) {
       const Place place = placement.At(shared, row, slot);
       if (place.phase >= 0) image.Write(place, chunk, value);

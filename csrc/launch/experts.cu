@@ -6,8 +6,8 @@
 namespace jax_w4moe {
 namespace {
 
-TokenImage TakeImage(Arena& arena, int64_t k_blocks, int64_t rows) {
-  uint8_t* data = arena.Take<uint8_t>(k_blocks * rows * 128);
+TokenImage TakeImage(Arena& arena, int64_t panels, int64_t rows) {
+  uint8_t* data = arena.Take<uint8_t>(panels * rows * 128);
   return {data, arena.Take<float>(rows), rows};
 }
 
@@ -16,12 +16,12 @@ TokenImage TakeImage(Arena& arena, int64_t k_blocks, int64_t rows) {
 ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena)
     : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)))),
       row_phase(arena.Take<int>(rows)),
-      x(TakeImage(arena, experts.w13_k_blocks, rows)),
-      h_image(TakeImage(arena, experts.w2_k_blocks, rows)),
+      x(TakeImage(arena, experts.w13_k_blocks * experts.operands.Panels(), rows)),
+      h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
-cudaError_t PrepareExperts(WeightFormat format) {
-  return PrepareGroupedGemm<LayerEpilogue>(format);
+cudaError_t PrepareExperts(Operands operands) {
+  return PrepareGroupedGemm<LayerEpilogue>(operands);
 }
 
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
@@ -37,13 +37,14 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   LayerEpilogue epilogue{
       SwiGlu{ws.h, e.w13_bias, w13.row_blocks, e.alpha, e.beta, e.limit},
       ScaledStore<__nv_bfloat16>{out, e.w2_bias, static_cast<int>(e.hidden_size), false}, false};
-  LaunchGroupedGemm(e.format, e.tile_tokens,
+  LaunchGroupedGemm(e.operands, e.tile_tokens,
                     GroupedGemmParams{w13, ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
                     epilogue, num_sms, stream);
-  LaunchRequantize(ws.h, w13.row_blocks * 32, num_rows, ws.row_phase, ws.h_image, stream);
+  LaunchRequantize(ws.h, w13.row_blocks * 32, e.operands.is_bf16, num_rows, ws.row_phase,
+                   ws.h_image, stream);
   epilogue.is_second = true;
-  LaunchGroupedGemm(e.format, e.tile_tokens,
+  LaunchGroupedGemm(e.operands, e.tile_tokens,
                     GroupedGemmParams{w2, ws.h_image.data, ws.h_image.row_scale, ws.plan,
                                       ws.h_image.num_rows, 1, true, FewPairs{}},
                     epilogue, num_sms, stream);

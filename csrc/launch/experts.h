@@ -15,7 +15,7 @@
 namespace jax_w4moe {
 
 struct Experts {
-  WeightFormat format;
+  Operands operands;
   const void* w13;        // u8[E, w13_row_blocks, w13_k_blocks, 4352]
   const void* w2;         // u8[E, w2_row_blocks, w2_k_blocks, 4352]
   const float* w13_bias;  // f32[E, w13_row_blocks, 64], or null
@@ -44,7 +44,7 @@ struct ExpertsWorkspace {
 };
 
 // Raises the shared-memory limits on the current device.
-cudaError_t PrepareExperts(WeightFormat format);
+cudaError_t PrepareExperts(Operands operands);
 
 // From x in the workspace, placed as plan and row_phase say, to out bf16[rows, H], row by row;
 // rows of no expert are not written. plan_is_old: the plan was complete before the preceding kernel

@@ -1,6 +1,8 @@
 // The definitions of grouped_gemm.h, for the files that compile a format with an epilogue each.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/grouped_gemm.cuh"
 #include "launch/grouped_gemm.h"
 #include "launch/grouped_gemm_tiles.h"
@@ -8,37 +10,44 @@
 
 namespace jax_w4moe {
 
-template <typename Format, typename Epilogue>
+// Calls f with every tile for a decoder's activations, as a pointer to its type.
+template <typename Decoder, typename F>
+void ForEachTile(const F& f) {
+#define JAX_W4MOE_CASE(...) f(static_cast<GroupedGemmTile<Decoder, __VA_ARGS__>*>(nullptr));
+  if constexpr (std::is_same_v<typename Decoder::Activations, Fp8Activations>) {
+    JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE)
+  } else {
+    JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
+  }
+#undef JAX_W4MOE_CASE
+}
+
+template <typename Decoder, typename Epilogue>
 cudaError_t PrepareTiles() {
   cudaError_t status = cudaSuccess;
-#define JAX_W4MOE_CASE(...)                                                                    \
-  if (status == cudaSuccess) {                                                                 \
-    using Tile = GroupedGemmTile<Format, __VA_ARGS__>;                                         \
-    status =                                                                                   \
-        cudaFuncSetAttribute(GroupedGemm<Tile, Epilogue>,                                      \
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes); \
-  }
-  JAX_W4MOE_TILES(JAX_W4MOE_CASE)
-#undef JAX_W4MOE_CASE
+  ForEachTile<Decoder>([&](auto* tile) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    if (status != cudaSuccess) return;
+    status = cudaFuncSetAttribute(GroupedGemm<Tile, Epilogue>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  });
   return status;
 }
 
-template <typename Format, typename Epilogue>
+template <typename Decoder, typename Epilogue>
 void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epilogue& epilogue,
                 int num_sms, cudaStream_t stream) {
-#define JAX_W4MOE_CASE(...)                                                                   \
-  if (tile_tokens == GroupedGemmTile<Format, __VA_ARGS__>::kTokens) {                         \
-    using Tile = GroupedGemmTile<Format, __VA_ARGS__>;                                        \
-    LaunchDependent(GroupedGemm<Tile, Epilogue>, num_sms, Tile::kThreads, Tile::kSharedBytes, \
-                    stream, params, epilogue);                                                \
-  }
-  JAX_W4MOE_TILES(JAX_W4MOE_CASE)
-#undef JAX_W4MOE_CASE
+  ForEachTile<Decoder>([&](auto* tile) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    if (tile_tokens != Tile::kTokens) return;
+    LaunchDependent(GroupedGemm<Tile, Epilogue>, num_sms, Tile::kThreads, Tile::kSharedBytes,
+                    stream, params, epilogue);
+  });
 }
 
-#define JAX_W4MOE_COMPILE(Format, Epilogue)                                                      \
-  template cudaError_t PrepareTiles<Format, Epilogue>();                                         \
-  template void LaunchTile<Format, Epilogue>(int64_t, const GroupedGemmParams&, const Epilogue&, \
-                                             int, cudaStream_t);
+#define JAX_W4MOE_COMPILE(Decoder, Epilogue)                                                      \
+  template cudaError_t PrepareTiles<Decoder, Epilogue>();                                         \
+  template void LaunchTile<Decoder, Epilogue>(int64_t, const GroupedGemmParams&, const Epilogue&, \
+                                              int, cudaStream_t);
 
 }  // namespace jax_w4moe

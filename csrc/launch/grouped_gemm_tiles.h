@@ -6,13 +6,15 @@
 namespace jax_w4moe {
 
 // Token sub-tiles, tokens of each at most, math warpgroups, stages.
-#define JAX_W4MOE_TILES(X) \
+#define JAX_W4MOE_FP8_TILES(X) \
   X(1, 64, 3, 9) X(1, 96, 3, 7) X(2, 64, 3, 6) X(2, 120, 2, 4) X(4, 72, 2, 3)
+#define JAX_W4MOE_BF16_TILES(X) X(1, 64, 3, 6) X(1, 128, 2, 4)
 
-// Whether a tile of that many tokens is compiled.
-constexpr bool HasTile(int64_t tile_tokens) {
+// Whether a tile of that many tokens is compiled, for E4M3 or bf16 activations.
+constexpr bool HasTile(int64_t tile_tokens, bool is_bf16) {
 #define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages) || tile_tokens == subtiles* width
-  return false JAX_W4MOE_TILES(JAX_W4MOE_CASE);
+  return is_bf16 ? false JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
+                 : false JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE);
 #undef JAX_W4MOE_CASE
 }
 

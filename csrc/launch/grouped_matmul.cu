@@ -12,22 +12,22 @@ struct Workspace {
   Plan plan;
   TokenImage image;
 
-  Workspace(int64_t num_rows, int64_t k_blocks, int64_t num_experts, void* base)
+  Workspace(int64_t num_rows, int64_t panels, int64_t num_experts, void* base)
       : arena(base),
         plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(num_rows, num_experts)))),
-        image{arena.Take<uint8_t>(num_rows * k_blocks * 128), arena.Take<float>(num_rows),
-              num_rows} {}
+        image{arena.Take<uint8_t>(num_rows * panels * 128), arena.Take<float>(num_rows), num_rows} {
+  }
 };
 
 }  // namespace
 
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts) {
-  return Workspace(num_rows, k_blocks, num_experts, nullptr).arena.used();
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t panels, int64_t num_experts) {
+  return Workspace(num_rows, panels, num_experts, nullptr).arena.used();
 }
 
-cudaError_t PrepareGroupedMatmul(WeightFormat format) {
-  const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>(format);
-  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>(format) : status;
+cudaError_t PrepareGroupedMatmul(Operands operands) {
+  const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>(operands);
+  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>(operands) : status;
 }
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t stream) {
@@ -36,9 +36,10 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
 
-  const Workspace ws(p.num_rows, p.k_blocks, p.num_experts, p.workspace);
+  const Workspace ws(p.num_rows, p.k_blocks * p.operands.Panels(), p.num_experts, p.workspace);
   const int num_experts = static_cast<int>(p.num_experts);
-  LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction)}, static_cast<int>(p.num_rows),
+  LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction), p.operands.is_bf16},
+              static_cast<int>(p.num_rows),
               Groups{p.group_sizes, num_experts, 0, static_cast<int>(p.tile_tokens), ws.plan,
                      nullptr, p.out, p.num_columns * (p.out_is_f32 ? 4 : 2)},
               ws.image, stream);
@@ -49,11 +50,11 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const int columns = static_cast<int>(p.num_columns);
   if (p.out_is_f32) {
     const ScaledStore<float> store{static_cast<float*>(p.out), nullptr, columns, p.gate_up};
-    LaunchGroupedGemm(p.format, p.tile_tokens, gemm, store, num_sms, stream);
+    LaunchGroupedGemm(p.operands, p.tile_tokens, gemm, store, num_sms, stream);
   } else {
     const ScaledStore<__nv_bfloat16> store{static_cast<__nv_bfloat16*>(p.out), nullptr, columns,
                                            p.gate_up};
-    LaunchGroupedGemm(p.format, p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms,
+    LaunchGroupedGemm(p.operands, p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms,
                       stream);
   }
   return cudaGetLastError();

@@ -10,7 +10,7 @@
 namespace jax_w4moe {
 
 struct GroupedMatmulParams {
-  WeightFormat format;
+  Operands operands;
   const void* lhs;         // bf16[M, K], or e4m3 with x_scale
   const float* x_scale;    // f32[M], or null
   const void* records;     // u8[E, row_blocks, k_blocks, 4352]
@@ -28,11 +28,12 @@ struct GroupedMatmulParams {
   bool out_is_f32;
 };
 
-// The same formula as jax_w4moe/ops/grouped_matmul.py; a test compares them.
-int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t k_blocks, int64_t num_experts);
+// panels: of a row of the token image. The same formula as jax_w4moe/ops/grouped_matmul.py; a test
+// compares them.
+int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t panels, int64_t num_experts);
 
 // Raises the shared-memory limit of every compiled tile on the current device.
-cudaError_t PrepareGroupedMatmul(WeightFormat format);
+cudaError_t PrepareGroupedMatmul(Operands operands);
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& params, cudaStream_t stream);
 

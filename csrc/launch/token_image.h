@@ -16,6 +16,7 @@ struct Rows {
   const void* x;         // bf16[rows, width], or e4m3 with x_scale
   const float* x_scale;  // f32[rows], or null for bf16
   int width;
+  bool keeps_bf16;  // the image is of bf16, as x is
 };
 
 // Routing as it is asked for, and where its outcome goes.
@@ -54,7 +55,7 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& groups, const Tok
                  cudaStream_t stream);
 
 // bf16 rows whose phases are known.
-void LaunchRequantize(const __nv_bfloat16* h, int width, int num_rows, const int* row_phase,
-                      const TokenImage& image, cudaStream_t stream);
+void LaunchRequantize(const __nv_bfloat16* h, int width, bool keeps_bf16, int num_rows,
+                      const int* row_phase, const TokenImage& image, cudaStream_t stream);
 
 }  // namespace jax_w4moe

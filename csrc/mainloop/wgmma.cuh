@@ -1,18 +1,25 @@
-// One K128 step of a warpgroup: four WGMMAs m64nNk32, A in registers, B in shared memory.
+// One step of a warpgroup: four WGMMAs of 32 bytes of K each, A in registers, B in shared memory.
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N that are no power of two
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
+#include "mainloop/activations.cuh"
+
 namespace jax_w4moe {
 
-template <int N>
+template <typename Activations, int N>
 struct WgmmaAtom;
-#define JAX_W4MOE_WGMMA_ATOM(N)                                         \
-  template <>                                                           \
-  struct WgmmaAtom<N> {                                                 \
-    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>; \
+#define JAX_W4MOE_WGMMA_ATOM(N)                                                                \
+  template <>                                                                                  \
+  struct WgmmaAtom<Fp8Activations, N> {                                                        \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>;                        \
+  };                                                                                           \
+  template <>                                                                                  \
+  struct WgmmaAtom<Bf16Activations, N> {                                                       \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,  \
+                                                                  cute::SM90::GMMA::Major::K>; \
   };
 JAX_W4MOE_WGMMA_ATOM(8)
 JAX_W4MOE_WGMMA_ATOM(16)
@@ -29,6 +36,7 @@ JAX_W4MOE_WGMMA_ATOM(96)
 JAX_W4MOE_WGMMA_ATOM(104)
 JAX_W4MOE_WGMMA_ATOM(112)
 JAX_W4MOE_WGMMA_ATOM(120)
+JAX_W4MOE_WGMMA_ATOM(128)
 #undef JAX_W4MOE_WGMMA_ATOM
 
 // Descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128 bytes (PTX ISA,
@@ -40,25 +48,36 @@ __device__ __forceinline__ uint64_t TokenDescriptor(uint32_t shared) {
   return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | kStride | kSwizzle128;
 }
 
-template <int N, size_t... kI>
+template <typename Activations, int N, size_t... kI>
 __device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate, std::index_sequence<kI...>) {
-  WgmmaAtom<N>::Type::fma(
+  WgmmaAtom<Activations, N>::Type::fma(
       a[0], a[1], a[2], a[3], b, d[kI]...,
       accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-// Issues and commits the product of one record with one token tile, given by its descriptor;
-// `partial` is overwritten and may be read after WaitForProducts.
-template <int N>
-__device__ __forceinline__ void MultiplyK128(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                             uint64_t tokens) {
+// Issues and commits the product of four fragments with one panel of a token tile, given by its
+// descriptor. `partial` is overwritten, or added to, and may be read after WaitForProducts.
+template <typename Activations, int N>
+__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                         uint64_t tokens, bool accumulate) {
   cute::warpgroup_arrive();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    Wgmma<N>(partial, a[j], tokens + 2 * j, j > 0, std::make_index_sequence<N / 2>{});
+    Wgmma<Activations, N>(partial, a[j], tokens + 2 * j, accumulate || j > 0,
+                          std::make_index_sequence<N / 2>{});
   }
   cute::warpgroup_commit_batch();
+}
+
+// Waits for all products but the last; from here on the compiler may write what they read.
+__device__ __forceinline__ void WaitForAllButOne(uint32_t (&a)[4][4]) {
+  cute::warpgroup_wait<1>();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(a[j][i]);
+  }
 }
 
 // Waits for all products; from here on the compiler may read `partial`.

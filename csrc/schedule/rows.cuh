@@ -12,20 +12,30 @@ struct Place {
   int phase;
 };
 
-// E4M3 rows as the shared-memory image that WGMMA reads: [K/128][rows][128 B], the 128-byte swizzle
-// by phase, K permuted as in the weights (docs/layout.md). A tile of tokens is one contiguous copy
-// per K-block.
+// Rows as the shared-memory image that WGMMA reads: [K/128][panels][rows][128 B], one panel of E4M3
+// or two of bf16, the 128-byte swizzle by phase, K permuted as in the weights (docs/layout.md). A
+// panel of a tile of tokens is one contiguous copy.
 struct TokenImage {
-  uint8_t* data;     // [k_blocks][num_rows][128]
+  uint8_t* data;     // [k_blocks][panels][num_rows][128]
   float* row_scale;  // [num_rows]
   int64_t num_rows;
 
 #ifdef __CUDACC__
-  // Chunk 8 b + part of a row is 16 bytes: instruction part / 2, half part % 2 of K-block b, that
-  // is k = 128 b + 32 t + 4 part + byte for t = 0..3.
+  // Chunk 8 b + part of a row is instruction part / 2, half part % 2 of K-block b, that is
+  // k = 128 b + 32 t + 4 part + i for t, i = 0..3: 16 bytes of E4M3.
   __device__ __forceinline__ void Write(Place place, int chunk, uint4 value) const {
-    const int64_t line = int64_t{chunk / 8} * num_rows + place.row;
-    *reinterpret_cast<uint4*>(data + line * 128 + ((chunk % 8) ^ place.phase) * 16) = value;
+    WriteUnit(place, chunk / 8, chunk % 8, value);
+  }
+  // Of bf16 an instruction by itself: i = 0 and 1 of every t, then i = 2 and 3.
+  __device__ __forceinline__ void Write(Place place, int chunk, const uint4 (&values)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) WriteUnit(place, chunk / 4, chunk % 4 * 2 + i, values[i]);
+  }
+
+ private:
+  __device__ __forceinline__ void WriteUnit(Place place, int panel, int unit, uint4 value) const {
+    const int64_t line = int64_t{panel} * num_rows + place.row;
+    *reinterpret_cast<uint4*>(data + line * 128 + (unit ^ place.phase) * 16) = value;
   }
 #endif
 };

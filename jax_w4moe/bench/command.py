@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 
@@ -18,6 +19,7 @@ from jax_w4moe.bench.shapes import NUM_TOKENS, SHAPES, TINY, Shape
 from jax_w4moe.bench.sweep import sweep
 from jax_w4moe.formats.base import formats
 
+_ACT_DTYPES = {"float8_e4m3fn": jnp.float8_e4m3fn, "bfloat16": jnp.bfloat16}
 _WIDTH = 160  # a table's, whatever the terminal's: squeezed columns tell nothing
 
 
@@ -28,6 +30,7 @@ def run(
     routings: Sequence[str] = (),
     backend_names: Sequence[str] = (),
     format: str = "mxfp4",
+    act_dtype: str = "float8_e4m3fn",
     burst: bool = False,
     json: Path | None = None,
     compare: Path | None = None,
@@ -43,6 +46,7 @@ def run(
       routings: by default balanced only.
       backend_names: other backends to time.
       format: the name of the weights' format.
+      act_dtype: the name of the activations' dtype.
       burst: time bursts after pauses, not a sustained load.
       json: where to write the rows.
       compare: an earlier run's rows.
@@ -69,6 +73,8 @@ def run(
     known = {own.name: own for own in formats()}
     if format not in known:
         raise ValueError(f"format {format!r} is unknown; use one of {', '.join(known)}.")
+    if act_dtype not in _ACT_DTYPES:
+        raise ValueError(f"act-dtype {act_dtype!r} is unknown; use {' or '.join(_ACT_DTYPES)}.")
     console = console or Console()
     console.width = max(_WIDTH, console.width)
     # What can fail does so before anything is measured.
@@ -80,6 +86,7 @@ def run(
     header = {
         **machine.header(),
         "format": format,
+        "act_dtype": act_dtype,
         "clocks": "burst" if burst else "sustained",
     }
     old = report.load(compare, header) if compare else None
@@ -92,6 +99,7 @@ def run(
         counts,
         kinds,
         format=known[format],
+        act_dtype=_ACT_DTYPES[act_dtype],
         backends=modules,
         burst=burst,
         tune=autotune is not None,

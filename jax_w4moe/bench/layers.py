@@ -8,7 +8,7 @@ turns.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,9 @@ class Call(NamedTuple):
     topk_weights: jax.Array
 
 
-def layer(call: Call, experts: PackedExperts) -> jax.Array:
+def layer(call: Call, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn) -> jax.Array:
     """What is measured."""
-    return fused_moe(call.x, experts, call.topk_ids, call.topk_weights)
+    return fused_moe(call.x, experts, call.topk_ids, call.topk_weights, act_dtype=act_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "format"))

@@ -93,7 +93,7 @@ def load(path: Path, header: dict[str, str]) -> list[Row]:
         raise ValueError(
             f"{path} was not written by this version's bench --json ({error!r}); measure again."
         ) from error
-    for name in ("device", "format", "clocks"):
+    for name in ("device", "format", "act_dtype", "clocks"):
         if old.get(name) != header[name]:
             raise ValueError(
                 f"{path}: {name} is {old.get(name)!r}, of this run {header[name]!r}; compare runs"

@@ -1,6 +1,7 @@
 """Times a layer over token counts and routings, and other backends beside it."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_w4moe import roofline
@@ -67,6 +69,7 @@ def sweep(
     routings: Sequence[str],
     *,
     format: WeightFormat = MXFP4,
+    act_dtype: Any = jnp.float8_e4m3fn,
     backends: dict[str, ModuleType] | None = None,
     burst: bool = False,
     tune: bool = False,
@@ -79,6 +82,7 @@ def sweep(
       num_tokens: values of T.
       routings: of ``layers.ROUTINGS``.
       format: of the weights.
+      act_dtype: of the activations.
       backends: modules with ``prepare`` and ``run`` to time on the same weights and calls.
       burst: time single programs after pauses, not programs back to back.
       tune: first call each layer outside of a program, so that autotune sees it.
@@ -87,6 +91,7 @@ def sweep(
     Yields:
       One row each.
     """
+    op = functools.partial(layer, act_dtype=act_dtype)
     for shape in shapes:
         experts = random_experts(jax.random.key(0), shape, format)
         prepared = {name: (b, b.prepare(experts)) for name, b in (backends or {}).items()}
@@ -94,7 +99,7 @@ def sweep(
             for count in num_tokens:
                 rotating = calls(experts, routing, count, shape)
                 if tune:
-                    jax.block_until_ready(layer(rotating[0], experts))
+                    jax.block_until_ready(op(rotating[0], experts))
                 others: dict[str, float | None] = {}
                 for name, (backend, weights) in prepared.items():
                     # What another library cannot run must not end the run.
@@ -105,10 +110,11 @@ def sweep(
                         others[name] = None
                         first = str(error).partition("\n")[0]
                         report(f"{name} on {shape.name}, T={count}: {first}")
-                yield _row(experts, shape, routing, rotating, others, burst)
+                yield _row(op, experts, shape, routing, rotating, others, burst)
 
 
 def _row(
+    op: Callable[..., jax.Array],
     experts: PackedExperts,
     shape: Shape,
     routing: str,
@@ -116,7 +122,7 @@ def _row(
     others: dict[str, float | None],
     burst: bool,
 ) -> Row:
-    program = _program(layer, rotating, experts)
+    program = _program(op, rotating, experts)
     times = _times_us(program, burst)
     if burst:
         time.sleep(PAUSE_S)

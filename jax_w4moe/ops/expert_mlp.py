@@ -1,5 +1,7 @@
 """The experts of an MoE layer on rows that are grouped already, on the GPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
@@ -12,9 +14,11 @@ from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
 
-def workspace_bytes(num_rows: int, experts: PackedExperts) -> int:
+def workspace_bytes(
+    num_rows: int, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn
+) -> int:
     """Bytes of workspace, by the formula of csrc/launch/expert_mlp.cu, which checks it."""
-    parts = operands.workspace_parts(num_rows, experts)
+    parts = operands.workspace_parts(num_rows, experts, act_dtype)
     return tiles.workspace_bytes(num_rows, experts.num_experts, parts)
 
 
@@ -23,6 +27,7 @@ def expert_mlp_cuda(
     x_scale: Float32[Array, "... 1"] | None,
     experts: PackedExperts,
     group_sizes: Int32[Array, "E"],
+    act_dtype: Any,
     activation: SwiGLU,
     tactic: Tactic,
 ) -> Array:
@@ -34,6 +39,7 @@ def expert_mlp_cuda(
       x_scale: scales of FP8 rows.
       experts: packed experts.
       group_sizes: rows per expert.
+      act_dtype: float8_e4m3fn, or bfloat16 for rows of bf16.
       activation: the gated activation.
       tactic: how the kernels go about it.
 
@@ -44,7 +50,7 @@ def expert_mlp_cuda(
     flat = rows.reshape(-1, shape[-1])
     scales = None if x_scale is None else x_scale.reshape(-1, 1)
     row_type = jax.typeof(flat)
-    nbytes = workspace_bytes(flat.shape[0], experts)
+    nbytes = workspace_bytes(flat.shape[0], experts, act_dtype)
     out, _ = _ffi.call(
         "expert_mlp",
         [
@@ -55,7 +61,7 @@ def expert_mlp_cuda(
         operands.or_nothing(scales),
         *operands.operands(experts),
         group_sizes,
-        **operands.attributes(experts, activation, tactic),
+        **operands.attributes(experts, act_dtype, activation, tactic),
         rows_per_expert=shape[1] if masked else 0,
     )
     return out.reshape(shape)

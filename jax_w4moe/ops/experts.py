@@ -12,14 +12,14 @@ from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
 
-def workspace_parts(num_rows: int, experts: PackedExperts) -> list[int]:
+def workspace_parts(num_rows: int, experts: PackedExperts, act_dtype: Any) -> list[int]:
     """Bytes of the parts, by csrc/launch/experts.cu, which checks their sum."""
     _, row_blocks13, k_blocks13, _ = experts.w13.data.shape
     k_blocks2 = experts.w2.data.shape[2]
     return [
         4 * num_rows,  # phases
-        *tiles.image_parts(num_rows, k_blocks13),  # x
-        *tiles.image_parts(num_rows, k_blocks2),  # h
+        *tiles.image_parts(num_rows, k_blocks13, act_dtype),  # x
+        *tiles.image_parts(num_rows, k_blocks2, act_dtype),  # h
         2 * num_rows * row_blocks13 * BLOCK_ROWS // 2,  # h, bf16
     ]
 
@@ -39,10 +39,13 @@ def or_nothing(array: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if array is None else array
 
 
-def attributes(experts: PackedExperts, activation: SwiGLU, tactic: Tactic) -> dict[str, Any]:
+def attributes(
+    experts: PackedExperts, act_dtype: Any, activation: SwiGLU, tactic: Tactic
+) -> dict[str, Any]:
     """What the handlers are told beside their operands."""
     return {
         "format": experts.format.name,
+        "is_bf16": tiles.is_bf16(act_dtype),
         "alpha": activation.alpha,
         "beta": activation.beta,
         "limit": float("inf") if activation.limit is None else activation.limit,

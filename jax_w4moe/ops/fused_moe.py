@@ -1,5 +1,7 @@
 """A whole MoE layer after its router, on the GPU, as one custom call."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
@@ -15,7 +17,9 @@ _MAX_ROWS = 65_536  # more are worked off in chunks of whole tokens
 _COUNTED_PAIRS = 1024  # (token, slot) pairs of one block; no more need no counts
 
 
-def workspace_bytes(num_tokens: int, top_k: int, experts: PackedExperts) -> int:
+def workspace_bytes(
+    num_tokens: int, top_k: int, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn
+) -> int:
     """Bytes of workspace, by the formula of csrc/launch/fused_moe.cu, which checks it."""
     rows = min(num_tokens, max(1, _MAX_ROWS // top_k)) * top_k
     blocks = 0 if rows <= _COUNTED_PAIRS else -(-rows // _COUNTED_PAIRS)
@@ -23,7 +27,7 @@ def workspace_bytes(num_tokens: int, top_k: int, experts: PackedExperts) -> int:
         rows,
         experts.num_experts,
         [
-            *operands.workspace_parts(rows, experts),
+            *operands.workspace_parts(rows, experts, act_dtype),
             4 * blocks * (experts.num_experts + 1),  # counts
             8 * rows,  # places
             2 * rows * experts.hidden_size,  # slots, bf16
@@ -37,6 +41,7 @@ def fused_moe_cuda(
     experts: PackedExperts,
     topk_ids: Int32[Array, "T k"],
     topk_weights: Float32[Array, "T k"],
+    act_dtype: Any,
     activation: SwiGLU,
     tactic: Tactic,
 ) -> BFloat16[Array, "T H"]:
@@ -48,6 +53,7 @@ def fused_moe_cuda(
       experts: packed experts.
       topk_ids: expert ids; outside [0, E) means none.
       topk_weights: routing weights.
+      act_dtype: float8_e4m3fn; or bfloat16, which leaves out R1 and R4 and wants x as bf16.
       activation: the gated activation.
       tactic: how the kernels go about it.
 
@@ -55,7 +61,7 @@ def fused_moe_cuda(
       bf16[T, H].
     """
     x_type = jax.typeof(x)
-    nbytes = workspace_bytes(x.shape[0], topk_ids.shape[1], experts)
+    nbytes = workspace_bytes(x.shape[0], topk_ids.shape[1], experts, act_dtype)
     y, _ = _ffi.call(
         "fused_moe",
         [
@@ -67,6 +73,6 @@ def fused_moe_cuda(
         *operands.operands(experts),
         topk_ids,
         topk_weights,
-        **operands.attributes(experts, activation, tactic),
+        **operands.attributes(experts, act_dtype, activation, tactic),
     )
     return y

@@ -1,5 +1,7 @@
 """Groups of rows times their expert's packed matrix on the GPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
@@ -11,9 +13,13 @@ from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedTensor
 
 
-def workspace_bytes(num_rows: int, k_blocks: int, num_experts: int) -> int:
+def workspace_bytes(
+    num_rows: int, k_blocks: int, num_experts: int, act_dtype: Any = jnp.float8_e4m3fn
+) -> int:
     """Bytes of workspace, by the formula of csrc/launch/grouped_matmul.cu, which checks it."""
-    return tiles.workspace_bytes(num_rows, num_experts, tiles.image_parts(num_rows, k_blocks))
+    return tiles.workspace_bytes(
+        num_rows, num_experts, tiles.image_parts(num_rows, k_blocks, act_dtype)
+    )
 
 
 def grouped_matmul_cuda(
@@ -21,6 +27,7 @@ def grouped_matmul_cuda(
     x_scale: Float32[Array, "M 1"] | None,
     rhs: PackedTensor,
     group_sizes: Int32[Array, "E"],
+    act_dtype: Any,
     out_dtype: jnp.dtype,
     tactic: Tactic,
 ) -> Array:
@@ -32,6 +39,7 @@ def grouped_matmul_cuda(
       x_scale: scales of FP8 rows.
       rhs: one packed projection.
       group_sizes: rows per expert.
+      act_dtype: float8_e4m3fn, or bfloat16 for rows of bf16.
       out_dtype: bfloat16 or float32.
       tactic: how the kernel goes about it.
 
@@ -40,7 +48,7 @@ def grouped_matmul_cuda(
     """
     lhs_type = jax.typeof(lhs)
     num_experts, _, k_blocks, _ = rhs.data.shape
-    nbytes = workspace_bytes(lhs.shape[0], k_blocks, num_experts)
+    nbytes = workspace_bytes(lhs.shape[0], k_blocks, num_experts, act_dtype)
     out, _ = _ffi.call(
         "grouped_matmul",
         [
@@ -52,6 +60,7 @@ def grouped_matmul_cuda(
         rhs.data,
         group_sizes,
         format=rhs.format.name,
+        is_bf16=tiles.is_bf16(act_dtype),
         gate_up=rhs.row_order == "gate_up",
         tile_tokens=tactic.tile_tokens,
     )

@@ -1,10 +1,17 @@
 """The compiled tiles of the grouped GEMM, and sizes of a workspace."""
 
+from typing import Any
+
+import jax.numpy as jnp
+
 from jax_w4moe.formats.layout import round_up
 
 TILE_TOKENS = (64, 96, 128, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
+
+BF16_TILE_TOKENS = (64, 128)
+"""The same for bf16 activations."""
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
 _MIN_TILE_TOKENS = 64
@@ -21,6 +28,11 @@ def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
     return sum(round_up(part, 128) for part in [plan, *parts])
 
 
-def image_parts(num_rows: int, k_blocks: int) -> list[int]:
+def is_bf16(act_dtype: Any) -> bool:
+    """Whether activations are bf16, not E4M3."""
+    return jnp.dtype(act_dtype) == jnp.bfloat16
+
+
+def image_parts(num_rows: int, k_blocks: int, act_dtype: Any) -> list[int]:
     """A token image: its rows, and their scales."""
-    return [num_rows * k_blocks * 128, 4 * num_rows]
+    return [num_rows * k_blocks * 128 * jnp.dtype(act_dtype).itemsize, 4 * num_rows]

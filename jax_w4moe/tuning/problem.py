@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from jax_w4moe.ops import tiles
 from jax_w4moe.types import PackedExperts, PackedTensor
 
@@ -30,6 +32,7 @@ class Problem:
       intermediate_size: I; for grouped_matmul N.
       num_experts: E, on this device.
       num_rows: (token, slot) pairs, or rows. ``num_rows / num_experts`` are expected per expert.
+      act_dtype: the name of what activations are rounded to.
 
     Raises:
       ValueError: an unknown op.
@@ -40,21 +43,27 @@ class Problem:
     intermediate_size: int
     num_experts: int
     num_rows: int
+    act_dtype: str = "float8_e4m3fn"
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op={self.op!r} has no tactics; use one of {', '.join(OPS)}.")
 
     @classmethod
-    def of_layer(cls, op: str, experts: PackedExperts, num_rows: int) -> "Problem":
+    def of_layer(
+        cls, op: str, experts: PackedExperts, num_rows: int, act_dtype: Any = jnp.float8_e4m3fn
+    ) -> "Problem":
         """A layer's, by its packed experts."""
         sizes = (experts.hidden_size, experts.intermediate_size, experts.w13.data.shape[0])
-        return cls(op, *sizes, num_rows)
+        return cls(op, *sizes, num_rows, jnp.dtype(act_dtype).name)
 
     @classmethod
-    def of_matmul(cls, rhs: PackedTensor, num_rows: int) -> "Problem":
+    def of_matmul(
+        cls, rhs: PackedTensor, num_rows: int, act_dtype: Any = jnp.float8_e4m3fn
+    ) -> "Problem":
         """A grouped_matmul's."""
-        return cls("grouped_matmul", rhs.shape[2], rhs.shape[1], rhs.data.shape[0], num_rows)
+        sizes = (rhs.shape[2], rhs.shape[1], rhs.data.shape[0])
+        return cls("grouped_matmul", *sizes, num_rows, jnp.dtype(act_dtype).name)
 
     def key(self) -> "Problem":
         """The problem that measured times are filed under: rows rounded up to three bits."""
@@ -64,7 +73,8 @@ class Problem:
 
 def tactics(problem: Problem) -> tuple[Tactic, ...]:
     """All tactics that are legal for a problem, in ascending order: every compiled tile."""
-    return tuple(map(Tactic, sorted(tiles.TILE_TOKENS)))
+    is_bf16 = tiles.is_bf16(problem.act_dtype)
+    return tuple(map(Tactic, sorted(tiles.BF16_TILE_TOKENS if is_bf16 else tiles.TILE_TOKENS)))
 
 
 def check(problem: Problem, tactic: Any) -> None:

@@ -33,7 +33,12 @@ def bench(*options: str) -> Result:
     return CliRunner().invoke(app, ["bench", "--shape", "tiny", *options])
 
 
-HEADER = {**machine.header(), "format": "mxfp4", "clocks": "sustained"}
+HEADER = {
+    **machine.header(),
+    "format": "mxfp4",
+    "act_dtype": "float8_e4m3fn",
+    "clocks": "sustained",
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +93,11 @@ def test_compare(earlier: Path, tmp_path: Path) -> None:
 def test_burst_zipf_one_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="a plot needs it")
     path = tmp_path / "plot.png"
-    routings = ("--routing", "zipf", "--routing", "one")
-    result = bench(
-        "--tokens", "3", "--burst", "--format", "int4_g128", *routings, "--plot", str(path)
-    )
+    options = ("--routing", "zipf", "--routing", "one", "--format", "int4_g128", "--burst")
+    result = bench("--tokens", "3", *options, "--act-dtype", "bfloat16", "--plot", str(path))
     assert result.exit_code == 0, result.output
-    assert "format int4_g128, clocks burst" in result.output and "zipf" in result.output
+    printed = " ".join(result.output.split())  # the title may be broken into lines
+    assert "format int4_g128, act_dtype bfloat16, clocks burst" in printed and "zipf" in printed
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -163,6 +167,7 @@ def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--shape", "huge"], "shape 'huge' is unknown; use one of flash, flash_ep8, "),
         (["--format", "int5"], "format 'int5' is unknown; use one of "),
+        (["--act-dtype", "int8"], "act-dtype 'int8' is unknown; use float8_e4m3fn or bfloat16."),
         (["--routing", "skewed"], "routing 'skewed' is unknown; use one of balanced, zipf, one."),
         (["--tokens", "0"], "tokens=0 is below 1; leave it out."),
         (["--backend", "torch"], "backend 'torch' is unknown; use one of ragged_dot, tokamax."),

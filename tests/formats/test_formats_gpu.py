@@ -17,27 +17,42 @@ from tests.helpers.oracle import DEQUANTIZE
 pytestmark = pytest.mark.gpu
 
 every_format = pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
-every_tactic = pytest.mark.parametrize("tactic", [w4.Tactic(t) for t in tiles.TILE_TOKENS], ids=str)
+FP8, BF16 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)
+every_act_dtype = pytest.mark.parametrize("act_dtype", [FP8, BF16], ids=str)
+every_tile = pytest.mark.parametrize(
+    ("act_dtype", "tile"),
+    [
+        *((FP8, tile) for tile in tiles.TILE_TOKENS),
+        *((BF16, tile) for tile in tiles.BF16_TILE_TOKENS),
+    ],
+    ids=str,
+)
 kernel = functools.partial(w4.grouped_matmul, implementation="cuda_sm90")
 layer = functools.partial(w4.fused_moe, implementation="cuda_sm90")
+
+BF16_RMS = 5e-3  # h, slots and y are rounded to bf16
 
 # (H, I, E, k): small, with a padded K-block, and a rank of DeepSeek-R1.
 SHAPES = ((256, 128, 4, 2), (384, 640, 5, 3), (7168, 2048, 32, 8))
 
 
 @every_format
-@every_tactic
+@every_tile
 def test_one_hot_rows_give_back_the_weights(
-    rng: np.random.Generator, format: w4.WeightFormat, tactic: w4.Tactic
+    rng: np.random.Generator, format: w4.WeightFormat, act_dtype: jnp.dtype, tile: int
 ) -> None:
     """448 times each weight, rounded once to f32: all codes, scales of both signs."""
     q = data.quantized(rng, (1, 576, 256), format)
     codes = np.asarray(q.codes)
     assert len(set(codes.flat)) == 256
-    lhs = (jnp.eye(256) * 448).astype(jnp.float8_e4m3fn)
-    sizes = jnp.asarray([256], jnp.int32)
     out = kernel(
-        lhs, w4.pack(q), sizes, x_scale=1.0, preferred_element_type=jnp.float32, tactic=tactic
+        (jnp.eye(256) * 448).astype(act_dtype),
+        w4.pack(q),
+        jnp.asarray([256], jnp.int32),
+        act_dtype=act_dtype,
+        x_scale=1.0 if act_dtype == FP8 else None,
+        preferred_element_type=jnp.float32,
+        tactic=w4.Tactic(tile),
     )
     expected = 448 * DEQUANTIZE[format.name](codes, np.asarray(q.scales))[0].T
     np.testing.assert_array_equal(np.asarray(out), expected.astype(np.float32))
@@ -49,9 +64,10 @@ def _experts(format: w4.WeightFormat, shape: tuple[int, int, int, int]) -> w4.Pa
 
 
 @every_format
+@every_act_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_against_the_reference(
-    format: w4.WeightFormat, shape: tuple[int, int, int, int]
+    format: w4.WeightFormat, act_dtype: jnp.dtype, shape: tuple[int, int, int, int]
 ) -> None:
     """And a token is bitwise the same in every batch."""
     hidden, _, num_experts, top_k = shape
@@ -59,16 +75,19 @@ def test_layer_against_the_reference(
     rng = np.random.default_rng(0)
     x = data.tokens(rng, 2049, hidden)
     ids, weights = data.routing(rng, "random", 2049, num_experts, top_k)
-    everything = np.asarray(layer(x, experts, ids, weights))
+    run = functools.partial(layer, act_dtype=act_dtype)
+    everything = np.asarray(run(x, experts, ids, weights))
+    bounds = (1e-2, MIRRORED_RMS) if act_dtype == FP8 else (2e-3, BF16_RMS)
     for count in (1, 9, 65, 300):
         rows = rng.permutation(2049)[:count]
-        y = layer(x[rows], experts, ids[rows], weights[rows])
+        arguments = (x[rows], experts, ids[rows], weights[rows])
+        y = run(*arguments)
         assert_bitwise(y, everything[rows])
-        compare = functools.partial(reference.fused_moe, x[rows], experts, ids[rows], weights[rows])
-        assert relative_rms(y, compare(mode="mirrored")) <= 1e-2
-        assert relative_rms(y, compare(mode="exact")) <= MIRRORED_RMS
+        for mode, bound in zip(("mirrored", "exact"), bounds, strict=True):
+            expected = reference.fused_moe(*arguments, act_dtype=act_dtype, mode=mode)
+            assert relative_rms(y, expected) <= bound
     for _ in range(100):
-        assert_bitwise(layer(x, experts, ids, weights), everything)
+        assert_bitwise(run(x, experts, ids, weights), everything)
 
 
 def test_int4_with_an_empty_expert(rng: np.random.Generator) -> None:

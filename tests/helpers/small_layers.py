@@ -43,8 +43,8 @@ def _run(
         masked = data.tokens(rng, num_experts, 12, hidden)
         sizes = jnp.asarray([7, 0, 30, 9, 1][:num_experts], jnp.int32)
     experts, calls, rows, masked, sizes = _to_gpu((on_host, calls, rows, masked, sizes))
-    for tactic in w4.tactics(w4.Problem.of_layer("fused_moe", experts, 1)):
-        how = {"tactic": tactic, "implementation": "cuda_sm90"}
+
+    def every_op(how: dict[str, Any]) -> None:
         for x, ids, weights in calls:
             np.asarray(w4.fused_moe(x, experts, ids, weights, **how))
         for array in (rows, masked):
@@ -53,6 +53,12 @@ def _run(
             np.asarray(
                 w4.grouped_matmul(rows, experts.w13, sizes, preferred_element_type=dtype, **how)
             )
+
+    for act_dtype in (jnp.float8_e4m3fn, jnp.bfloat16):
+        problem = w4.Problem.of_layer("fused_moe", experts, 1, act_dtype)
+        for tactic in w4.tactics(problem):
+            how = {"act_dtype": act_dtype, "tactic": tactic, "implementation": "cuda_sm90"}
+            every_op(how)
 
 
 if __name__ == "__main__":
