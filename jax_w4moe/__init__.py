@@ -5,7 +5,7 @@ from typing import Any
 
 from jax_w4moe import _ffi, reference
 from jax_w4moe._ffi import build_info, is_available, why_unavailable
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import SiTU, SwiGLU
 from jax_w4moe.explain import explain, workspace_bytes
 from jax_w4moe.formats import INT4_G128, MXFP4, WeightFormat
 from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
@@ -35,6 +35,7 @@ __all__ = [
     "Problem",
     "QuantizedTensor",
     "Replicas",
+    "SiTU",
     "SwiGLU",
     "Tactic",
     "WeightFormat",

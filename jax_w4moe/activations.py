@@ -32,3 +32,27 @@ class SwiGLU:
             gate = jnp.minimum(gate, self.limit)
             up = jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + self.beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiTU:
+    """``b1 * tanh(gate / b1) * sigmoid(gate) * b2 * tanh(up / b2)``, as in Kimi K3.
+
+    Attributes:
+      gate_bound: b1, which the gate's factor stays below.
+      up_bound: b2, which the up projection's stays below.
+    """
+
+    gate_bound: float = 4.0
+    up_bound: float = 25.0
+
+    def __call__(
+        self, gate: Float32[Array, "*rows I"], up: Float32[Array, "*rows I"]
+    ) -> Float32[Array, "*rows I"]:
+        """Applies the activation in f32."""
+        bounded_gate = self.gate_bound * jnp.tanh(gate / self.gate_bound)
+        return bounded_gate * jax.nn.sigmoid(gate) * (self.up_bound * jnp.tanh(up / self.up_bound))
+
+
+Activation = SwiGLU | SiTU
+"""All that there are."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation
 from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, RECORD_BYTES, record_grid
 from jax_w4moe.quantization import PerToken
@@ -341,8 +341,10 @@ def group_sizes(sizes: Any, num_experts: int) -> None:
 
 def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
     """Checks the static choices of an op."""
-    if not isinstance(activation, SwiGLU):
-        raise NotImplementedError(f"activation={activation!r}: only SwiGLU(...) exists.")
+    if not isinstance(activation, Activation):
+        raise NotImplementedError(
+            f"activation={activation!r}: only SwiGLU(...) and SiTU(...) exist."
+        )
     if jnp.dtype(act_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
         raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use jnp.float8_e4m3fn or jnp.bfloat16.")
     if not isinstance(act_scale, PerToken):

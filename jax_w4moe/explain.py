@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_w4moe import checks, roofline, tuning
 from jax_w4moe import implementation as implementations
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.ops import fused_moe as op
 from jax_w4moe.quantization import PerToken
 from jax_w4moe.tuning import Problem, Tactic
@@ -47,7 +47,7 @@ def explain(
     topk_ids: jax.Array | jax.ShapeDtypeStruct,
     topk_weights: Any = None,
     *,
-    activation: SwiGLU = _SWIGLU,
+    activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
     implementation: str | None = None,
@@ -94,7 +94,13 @@ def explain(
             f"{experts.w13.format.name}, H={experts.hidden_size}, I={experts.intermediate_size},"
             f" {experts.nbytes / _MIB:,.1f} MiB, {inexact} inexact groups",
         ),
-        ("implementation", _implementation(implementation, act_dtype, x.dtype)),
+        (
+            "implementation",
+            _implementation(
+                implementation,
+                implementations.unsupported(x.dtype, act_dtype, act_scale, activation),
+            ),
+        ),
         (
             "tactic",
             f"tiles of {chosen.tactic.tile_tokens} tokens at most, by {chosen.source};"
@@ -124,8 +130,8 @@ def _touched(topk_ids: Any, num_experts: int) -> tuple[float, bool]:
     return roofline.touched_experts(topk_ids, num_experts), True
 
 
-def _implementation(requested: str | None, act_dtype: Any, x_dtype: Any) -> str:
-    choice = implementations.choose("fused_moe", requested, act_dtype, x_dtype)
+def _implementation(requested: str | None, unsupported: str | None) -> str:
+    choice = implementations.choose("fused_moe", requested, unsupported)
     if requested is not None:
         return f"{choice}, as asked for"
     if choice == "xla":

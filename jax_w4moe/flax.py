@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_w4moe import checks
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
@@ -54,7 +54,7 @@ class FusedMoE(nnx.Module):
         num_experts: int,
         top_k: int,
         format: WeightFormat = MXFP4,
-        activation: SwiGLU = SwiGLU(),  # noqa: B008 - frozen
+        activation: Activation = SwiGLU(),  # noqa: B008 - frozen
         scoring: str = "softmax",
         renormalize: bool = True,
         routed_scale: float = 1.0,

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_w4moe import _ffi, varying
+from jax_w4moe.activations import Activation, SwiGLU
+from jax_w4moe.quantization import PerToken
 
 Choice = Literal["xla", "cuda_sm90", "both"]
 
@@ -13,16 +15,14 @@ Choice = Literal["xla", "cuda_sm90", "both"]
 def choose(
     op: str,
     requested: str | None,
-    act_dtype: Any = jnp.float8_e4m3fn,
-    x_dtype: Any = jnp.bfloat16,
+    unsupported: str | None = None,
 ) -> Choice:
     """Chooses how an op runs.
 
     Args:
       op: the op's name, e.g. "fused_moe".
       requested: the caller's ``implementation``: None, "xla" or "cuda_sm90".
-      act_dtype: what activations are rounded to.
-      x_dtype: what they come as.
+      unsupported: what the call asks for that has no kernel, as :func:`unsupported` says.
 
     Returns:
       "xla"; "cuda_sm90"; or "both", when the platform that the program is lowered for decides
@@ -40,9 +40,6 @@ def choose(
         )
     if requested == "xla":
         return "xla"
-    unsupported = None
-    if jnp.dtype(act_dtype) == jnp.bfloat16 and jnp.dtype(x_dtype) != jnp.bfloat16:
-        unsupported = f"act_dtype=bfloat16 for x of {jnp.dtype(x_dtype)}"
     if requested == "cuda_sm90":
         reason = _ffi.why_unavailable()
         if reason:
@@ -62,6 +59,20 @@ def choose(
         )
     _require_kernel(op, unsupported)
     return "both"
+
+
+def unsupported(
+    x_dtype: Any, act_dtype: Any, act_scale: PerToken, activation: Activation
+) -> str | None:
+    """What of a call has no kernel, in words; None if all has."""
+    if jnp.dtype(act_dtype) == jnp.bfloat16:
+        if jnp.dtype(x_dtype) != jnp.bfloat16:
+            return f"act_dtype=bfloat16 for x of {jnp.dtype(x_dtype)}"
+    elif act_scale.pow2:
+        return f"act_scale={act_scale}"
+    if not isinstance(activation, SwiGLU):
+        return f"activation={activation}"
+    return None
 
 
 def without_kernel(op: str, choice: Choice, unsupported: str) -> Choice:

@@ -10,7 +10,7 @@ from jax import Array
 
 from jax_w4moe import checks, reference, sharding, tuning, varying
 from jax_w4moe import implementation as implementations
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
 from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
@@ -32,7 +32,7 @@ def fused_moe(
     topk_ids: Array,
     topk_weights: Array,
     *,
-    activation: SwiGLU = _SWIGLU,
+    activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
     x_scale: Array | float | None = None,
@@ -108,13 +108,17 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
-    choice = implementations.choose("fused_moe", implementation, act_dtype, x.dtype)
-    op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype))
+    choice = implementations.choose(
+        "fused_moe",
+        implementation,
+        implementations.unsupported(x.dtype, act_dtype, act_scale, activation),
+    )
+    op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype), act_scale)
     tokens = Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size, act_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
-        options = (choice, activation, jnp.dtype(act_dtype), tactic)
+        options = (choice, activation, jnp.dtype(act_dtype), act_scale, tactic)
         if is_partitioned:
             return _partitioned_moe(*options)(tokens, experts)
         placement, mesh = sharding.place(x, experts, **axes)
@@ -130,7 +134,7 @@ def expert_mlp(
     experts: PackedExperts,
     group_sizes: Array,
     *,
-    activation: SwiGLU = _SWIGLU,
+    activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
     act_scale: PerToken = _PER_TOKEN,
     x_scale: Array | float | None = None,
@@ -160,8 +164,12 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    choice = implementations.choose("expert_mlp", implementation, act_dtype, rows.dtype)
-    op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype))
+    choice = implementations.choose(
+        "expert_mlp",
+        implementation,
+        implementations.unsupported(rows.dtype, act_dtype, act_scale, activation),
+    )
+    op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype), act_scale)
     tokens = _Rows(rows, _per_row(rows, x_scale))
     problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]), act_dtype)
     rotated = _rotated_sizes(group_sizes)
@@ -202,8 +210,12 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    choice = implementations.choose("grouped_matmul", implementation, act_dtype, lhs.dtype)
-    op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), out_dtype)
+    choice = implementations.choose(
+        "grouped_matmul",
+        implementation,
+        implementations.unsupported(lhs.dtype, act_dtype, act_scale, _SWIGLU),
+    )
+    op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), act_scale, out_dtype)
     tokens = _Rows(lhs, _per_row(lhs, x_scale))
     problem = Problem.of_matmul(rhs, lhs.shape[0], act_dtype)
     rotated = _rotated_sizes(group_sizes)
@@ -301,8 +313,9 @@ _differentiable_moe = functools.partial(
 @functools.cache
 def _fused_moe(
     choice: implementations.Choice,
-    activation: SwiGLU,
+    activation: Activation,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     tactic: Tactic | None,
     slot_dtype: Any = _BFLOAT16,
 ) -> Any:
@@ -315,6 +328,7 @@ def _fused_moe(
             x_scale=tokens.x_scale,
             activation=activation,
             act_dtype=act_dtype,
+            act_scale=act_scale,
             mode="mirrored",
             slot_dtype=slot_dtype,
         )
@@ -323,6 +337,7 @@ def _fused_moe(
         x, x_scale, ids, weights = tokens
         problem = Problem.of_layer("fused_moe", experts, ids.size, act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
+        assert isinstance(activation, SwiGLU)  # others have been refused
         return fused_moe_cuda(x, x_scale, experts, ids, weights, act_dtype, activation, chosen)
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
@@ -341,8 +356,9 @@ def _fused_moe(
 @functools.cache
 def _spread_moe(
     choice: implementations.Choice,
-    activation: SwiGLU,
+    activation: Activation,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     tactic: Tactic | None,
     placement: sharding.Placement,
 ) -> Any:
@@ -363,19 +379,20 @@ def _spread_moe(
             "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
         }
 
-    run = _spread_run(choice, activation, act_dtype, tactic, placement)
+    run = _spread_run(choice, activation, act_dtype, act_scale, tactic, placement)
     return _differentiable_moe(run, backward=backward)
 
 
 @functools.cache
 def _partitioned_moe(
     choice: implementations.Choice,
-    activation: SwiGLU,
+    activation: Activation,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     tactic: Tactic | None,
 ) -> Any:
     """The layer in a program whose weights XLA's partitioner finds spread; without gradients."""
-    run = functools.partial(_spread_run, choice, activation, act_dtype, tactic)
+    run = functools.partial(_spread_run, choice, activation, act_dtype, act_scale, tactic)
     name = "fused_moe without expert_axis or tensor_axis on weights that are spread"
     return transformable(name, functools.partial(sharding.partitioned, run), foldable=True)
 
@@ -383,14 +400,16 @@ def _partitioned_moe(
 @functools.cache
 def _spread_run(
     choice: implementations.Choice,
-    activation: SwiGLU,
+    activation: Activation,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     tactic: Tactic | None,
     placement: sharding.Placement,
 ) -> Callable[[Tokens, PackedExperts], Array]:
     """What a device does of the layer, exchange included."""
     is_fp8 = act_dtype == jnp.float8_e4m3fn
-    layer = _fused_moe(choice, activation, act_dtype, tactic)
+    quantize = functools.partial(quantize_per_token, rule=act_scale)
+    layer = _fused_moe(choice, activation, act_dtype, act_scale, tactic)
     # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
     # the slices' own scales differ from one device's by more than that.
     is_rounded_late = placement.tensor_axis is not None and not is_fp8
@@ -398,15 +417,15 @@ def _spread_run(
     if is_rounded_late and placement.exchange == sharding.SLOT_ROWS:
         what = "act_dtype=bfloat16 with exchange='slot_rows' over a tensor axis"
         own = implementations.without_kernel("fused_moe", choice, what)
-        slot_layer = _fused_moe(own, activation, act_dtype, tactic, jnp.dtype(jnp.float32))
+        slot_layer = _fused_moe(
+            own, activation, act_dtype, act_scale, tactic, jnp.dtype(jnp.float32)
+        )
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
         part = sharding.local_part(experts, placement)
         topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
         if placement.gathered_axes and tokens.x_scale is None and is_fp8:
-            x, x_scale = implementations.run(
-                choice, quantize_fp8_cuda, quantize_per_token, tokens.x
-            )
+            x, x_scale = implementations.run(choice, quantize_fp8_cuda, quantize, tokens.x)
             tokens = tokens._replace(x=x, x_scale=x_scale)
 
         def local(tokens: Tokens) -> Tokens:
@@ -438,8 +457,9 @@ def _spread_run(
 @functools.cache
 def _expert_mlp(
     choice: implementations.Choice,
-    activation: SwiGLU,
+    activation: Activation,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     tactic: Tactic | None,
 ) -> Any:
     def xla(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
@@ -449,6 +469,7 @@ def _expert_mlp(
             x_scale=tokens.x_scale,
             activation=activation,
             act_dtype=act_dtype,
+            act_scale=act_scale,
             mode="mirrored",
         )
 
@@ -456,6 +477,7 @@ def _expert_mlp(
         num_rows = math.prod(tokens.rows.shape[:-1])
         problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
+        assert isinstance(activation, SwiGLU)  # others have been refused
         return expert_mlp_cuda(*tokens, *fixed, act_dtype, activation, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
@@ -476,12 +498,18 @@ def _expert_mlp(
 def _grouped_matmul(
     choice: implementations.Choice,
     act_dtype: jnp.dtype,
+    act_scale: PerToken,
     out_dtype: jnp.dtype,
     tactic: Tactic | None,
 ) -> Any:
     def xla(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         out = reference.grouped_matmul(
-            tokens.rows, *fixed, x_scale=tokens.x_scale, act_dtype=act_dtype, mode="mirrored"
+            tokens.rows,
+            *fixed,
+            x_scale=tokens.x_scale,
+            act_dtype=act_dtype,
+            act_scale=act_scale,
+            mode="mirrored",
         )
         return out.astype(out_dtype)
 

@@ -17,21 +17,29 @@ _SEVEN_OVER_MANTISSA = (7 / (1 + np.arange(128) / 128)).astype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class PerToken:
-    """One f32 scale per token, taken from its largest magnitude."""
+    """One f32 scale per token, taken from its largest magnitude.
+
+    Attributes:
+      pow2: the scale is rounded up to a power of two (UE8M0), as DeepSeek-V4's is.
+    """
+
+    pow2: bool = False
 
 
 def quantize_per_token(
-    x: Float[Array, "*rows H"],
+    x: Float[Array, "*rows H"], rule: PerToken = PerToken()
 ) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """Quantises rows to E4M3, saturating, one scale per row.
 
     ``x_scale = amax * f32(1/448)`` and ``x_fp8 = e4m3(x * (448 / amax))``, each operation rounded
     once in f32, then to nearest even in E4M3. The row's amax is an integer maximum of the bits of
     ``|x|``: independent of order, and NaN wins. A NaN makes its row NaN; an infinity makes itself
-    NaN and the rest of its row zero, with an infinite scale.
+    NaN and the rest of its row zero, with an infinite scale. With ``rule.pow2`` the scale is the
+    least power of two that is not below ``amax / 448``, and the division is exact.
 
     Args:
       x: rows to quantise, bf16 or f32 that holds bf16 values; H may be 0.
+      rule: whether scales are powers of two.
 
     Returns:
       (x_fp8, x_scale).
@@ -41,13 +49,26 @@ def quantize_per_token(
     smallest = jnp.float32(SMALLEST_AMAX).view(jnp.int32)
     amax_bits = jnp.max(bits, axis=-1, keepdims=True, initial=smallest)
     amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
-    scaled = jnp.clip(values * _inverse(amax_bits), -E4M3_MAX, E4M3_MAX)
-    return scaled.astype(jnp.float8_e4m3fn), amax * jnp.float32(1.0 / E4M3_MAX)
+    scale, inverse = amax * jnp.float32(1.0 / E4M3_MAX), _inverse(amax_bits)
+    if rule.pow2:
+        # 448 is 1.75 * 2**8: up to a mantissa of 1.75 amax / 448 is at most 2**(e - 8).
+        is_above = (amax_bits & 0x7FFFFF) > 0x600000
+        exponent = (amax_bits >> 23) - 8 + is_above.astype(jnp.int32)
+        is_finite = amax_bits < 0x7F800000
+        scale = jnp.where(is_finite, _power_of_two(exponent), amax)
+        inverse = jnp.where(is_finite, _power_of_two(254 - exponent), inverse)
+    scaled = jnp.clip(values * inverse, -E4M3_MAX, E4M3_MAX)
+    return scaled.astype(jnp.float8_e4m3fn), scale
 
 
 def round_to_bf16(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """Rounds to bf16, staying in f32. XLA drops a conversion there and back; this it must keep."""
     return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+
+
+def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """2**(exponent - 127)."""
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
 def _inverse(amax_bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:

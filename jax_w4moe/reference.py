@@ -22,10 +22,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int32
 
 from jax_w4moe import varying
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.packing import canonical_rows, dequantize_expert, pack_experts
-from jax_w4moe.quantization import quantize_per_token, round_to_bf16
+from jax_w4moe.quantization import PerToken, quantize_per_token, round_to_bf16
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 Mode = Literal["exact", "mirrored"]
@@ -33,7 +33,9 @@ Mode = Literal["exact", "mirrored"]
 _BLOCK = 16  # rows per matrix product; a constant, so that results cannot depend on the batch
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "act_dtype", "mode", "slot_dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("activation", "act_dtype", "act_scale", "mode", "slot_dtype")
+)
 def fused_moe(
     x: Array,
     experts: PackedExperts | ExpertWeights,
@@ -41,8 +43,9 @@ def fused_moe(
     topk_weights: Array,
     *,
     x_scale: Array | None = None,
-    activation: SwiGLU = SwiGLU(),  # noqa: B008 - frozen
+    activation: Activation = SwiGLU(),  # noqa: B008 - frozen
     act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
     slot_dtype: Any = jnp.bfloat16,
 ) -> Array:
@@ -56,6 +59,7 @@ def fused_moe(
       x_scale: f32[] or f32[T, 1], the scale of an E4M3 x.
       activation: the gated activation.
       act_dtype: float8_e4m3fn, or bfloat16 to leave out R1 and R4; "exact" mode ignores it.
+      act_scale: the rule of FP8 scales.
       mode: "exact" or "mirrored".
       slot_dtype: of the result; float32 leaves the roundings of R5 and R6 to the caller, who has
         only a part of the slots or of K.
@@ -67,10 +71,11 @@ def fused_moe(
     if x.shape[0] == 0:
         return jnp.zeros(x.shape, slot_dtype)
     routes = _routes(topk_ids, experts.w13.data.shape[0])
-    values, scale = _activations(x, x_scale, act_dtype, mode)
+    rounding = _Rounding(act_dtype, act_scale, mode, slot_dtype)
+    values, scale = _activations(x, x_scale, rounding)
 
     def slots(expert: _Expert, token: Array) -> Array:
-        return _mlp(expert, values[token], scale[token], activation, act_dtype, mode, slot_dtype)
+        return _mlp(expert, values[token], scale[token], activation, rounding)
 
     rows = _by_expert(experts, slots, routes.token, routes.groups)
     return _combine(rows, routes, topk_weights).astype(slot_dtype)
@@ -84,13 +89,13 @@ def fused_moe_gradients(
     topk_weights: Array,
     x_scale: Array | None,
     cotangent: Array,
-    activation: SwiGLU,
+    activation: Activation,
 ) -> tuple[Array, Array]:
     """Gradients of the exact layer to x (f32[T, H]) and topk_weights (f32[T, k])."""
     if x.shape[0] == 0:
         return jnp.zeros(x.shape, jnp.float32), jnp.zeros(topk_weights.shape, jnp.float32)
     routes = _routes(topk_ids, experts.w13.data.shape[0])
-    values, scale = _activations(x, x_scale, None, "exact")
+    values, scale = _activations(x, x_scale, _EXACT)
     values, cotangent = values.astype(jnp.float32) * scale, cotangent.astype(jnp.float32)
 
     def gradients(expert: _Expert, rows: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -108,15 +113,16 @@ def fused_moe_gradients(
     return dx, jnp.where(routes.valid, dweight_rows[routes.position], 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "act_dtype", "mode"))
+@functools.partial(jax.jit, static_argnames=("activation", "act_dtype", "act_scale", "mode"))
 def expert_mlp(
     rows: Array,
     experts: PackedExperts | ExpertWeights,
     group_sizes: Array,
     *,
     x_scale: Array | None = None,
-    activation: SwiGLU = SwiGLU(),  # noqa: B008 - frozen
+    activation: Activation = SwiGLU(),  # noqa: B008 - frozen
     act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
 ) -> Array:
     """The experts without routing and combine; as :func:`jax_w4moe.expert_mlp`.
@@ -128,6 +134,7 @@ def expert_mlp(
       x_scale: f32[] or f32[..., 1] like rows, the scale of E4M3 rows.
       activation: the gated activation.
       act_dtype: float8_e4m3fn or bfloat16; "exact" mode ignores it.
+      act_scale: the rule of FP8 scales.
       mode: "exact" or "mirrored".
 
     Returns:
@@ -136,10 +143,11 @@ def expert_mlp(
     experts = _packed(experts)
     if rows.size == 0:
         return jnp.zeros(rows.shape, jnp.bfloat16)
-    values, scale = _activations(rows, x_scale, act_dtype, mode)
+    rounding = _Rounding(act_dtype, act_scale, mode)
+    values, scale = _activations(rows, x_scale, rounding)
 
     def block(expert: _Expert, inputs: tuple[Array, Array]) -> Array:
-        return _mlp(expert, *inputs, activation, act_dtype, mode)
+        return _mlp(expert, *inputs, activation, rounding)
 
     flat = (values.reshape(-1, values.shape[-1]), scale.reshape(-1, 1))
     out = _by_expert(experts, block, flat, _groups(rows, group_sizes))
@@ -153,12 +161,12 @@ def expert_mlp_gradient(
     group_sizes: Array,
     x_scale: Array | None,
     cotangent: Array,
-    activation: SwiGLU,
+    activation: Activation,
 ) -> Array:
     """Gradient of the exact experts to their rows, f32."""
     if rows.size == 0:
         return jnp.zeros(rows.shape, jnp.float32)
-    values, scale = _activations(rows, x_scale, None, "exact")
+    values, scale = _activations(rows, x_scale, _EXACT)
     values = (values.astype(jnp.float32) * scale).reshape(-1, rows.shape[-1])
 
     def gradient(expert: _Expert, inputs: tuple[Array, Array]) -> Array:
@@ -171,7 +179,7 @@ def expert_mlp_gradient(
     return out.reshape(rows.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("act_dtype", "mode"))
+@functools.partial(jax.jit, static_argnames=("act_dtype", "act_scale", "mode"))
 def grouped_matmul(
     lhs: Array,
     rhs: PackedTensor,
@@ -179,6 +187,7 @@ def grouped_matmul(
     *,
     x_scale: Array | None = None,
     act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
 ) -> Float32[Array, "M N"]:
     """Row groups times their expert's matrix, in f32; as :func:`jax_w4moe.grouped_matmul`."""
@@ -189,7 +198,7 @@ def grouped_matmul(
         values, scale = inputs
         return _matmul(values, weights) * scale
 
-    inputs = _activations(lhs, x_scale, act_dtype, mode)
+    inputs = _activations(lhs, x_scale, _Rounding(act_dtype, act_scale, mode))
     return _by_expert(rhs, block, inputs, _groups(lhs, group_sizes))
 
 
@@ -206,6 +215,23 @@ def grouped_matmul_gradient(
         return _matmul(rows, weights.T)
 
     return _by_expert(rhs, block, cotangent, _groups(cotangent, group_sizes))
+
+
+class _Rounding(NamedTuple):
+    """Which of the rounding points there are, and to what; static."""
+
+    act_dtype: Any
+    act_scale: PerToken
+    mode: Mode
+    slot_dtype: Any = jnp.bfloat16
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether activations are quantised."""
+        return self.mode == "mirrored" and jnp.dtype(self.act_dtype) == jnp.float8_e4m3fn
+
+
+_EXACT = _Rounding(None, PerToken(), "exact")
 
 
 class _Expert(NamedTuple):
@@ -262,11 +288,11 @@ def _groups(rows: Array, group_sizes: Int32[Array, "E"]) -> _Groups:
 
 
 def _activations(
-    x: Array, x_scale: Array | None, act_dtype: Any, mode: Mode
+    x: Array, x_scale: Array | None, rounding: _Rounding
 ) -> tuple[Float[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """R1: the activations as GEMM1 sees them, and their scale per row."""
-    if mode == "mirrored" and x_scale is None and jnp.dtype(act_dtype) == jnp.float8_e4m3fn:
-        return quantize_per_token(x)
+    if rounding.is_fp8 and x_scale is None:
+        return quantize_per_token(x, rounding.act_scale)
     scale = jnp.float32(1) if x_scale is None else x_scale
     if scale.ndim == 0:
         scale = jnp.full((*x.shape[:-1], 1), scale)
@@ -286,24 +312,22 @@ def _mlp(
     expert: _Expert,
     x: Float[Array, "B H"],
     x_scale: Float32[Array, "B 1"],
-    activation: SwiGLU,
-    act_dtype: Any,
-    mode: Mode,
-    slot_dtype: Any = jnp.bfloat16,
+    activation: Activation,
+    rounding: _Rounding,
 ) -> Float[Array, "B H"]:
     gate, up = jnp.split(_matmul(x, expert.w13) * x_scale + expert.w13_bias, 2, axis=-1)  # R2
     h = activation(gate, up)
-    if mode == "exact":
+    if rounding.mode == "exact":
         return _matmul(h, expert.w2) + expert.w2_bias
-    if jnp.dtype(act_dtype) == jnp.float8_e4m3fn:
-        h, h_scale = quantize_per_token(round_to_bf16(h))  # R3, R4
-    else:
-        h, h_scale = round_to_bf16(h), jnp.ones_like(x_scale)  # R3
-    return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(slot_dtype)  # R5
+    h = round_to_bf16(h)  # R3
+    h_scale = jnp.ones_like(x_scale)
+    if rounding.is_fp8:
+        h, h_scale = quantize_per_token(h, rounding.act_scale)  # R4
+    return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(rounding.slot_dtype)  # R5
 
 
-def _exact_mlp(expert: _Expert, x: Float32[Array, "B H"], activation: SwiGLU) -> Array:
-    return _mlp(expert, x, jnp.ones((x.shape[0], 1), jnp.float32), activation, None, "exact")
+def _exact_mlp(expert: _Expert, x: Float32[Array, "B H"], activation: Activation) -> Array:
+    return _mlp(expert, x, jnp.ones((x.shape[0], 1), jnp.float32), activation, _EXACT)
 
 
 def _combine(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jax_w4moe as w4
+from jax_w4moe import implementation as implementations
 from jax_w4moe import reference
 from tests.helpers import data
 from tests.helpers.compare import as_float64, assert_bitwise, relative_rms
@@ -382,7 +383,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "activation": (
         {"activation": "silu"},
         NotImplementedError,
-        "activation='silu': only SwiGLU(...) exists.",
+        "activation='silu': only SwiGLU(...) and SiTU(...) exist.",
     ),
     "act_dtype": ({"act_dtype": jnp.int8}, TypeError, "act_dtype=int8: use jnp.float8_e4m3fn or"),
     "act_scale": (
@@ -426,6 +427,22 @@ def test_fused_moe_refuses(layer: Layer, name: str, jit: bool) -> None:
 
 def _is_array_tree(value: Any) -> bool:
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+
+
+def test_what_has_no_kernel() -> None:
+    fp8, bf16, swiglu = jnp.float8_e4m3fn, jnp.bfloat16, w4.SwiGLU()
+    unsupported, one = implementations.unsupported, w4.PerToken()
+    for act_dtype in (fp8, bf16):
+        assert unsupported(bf16, act_dtype, one, swiglu) is None
+    assert unsupported(fp8, fp8, one, swiglu) is None
+    assert unsupported(fp8, bf16, one, swiglu) == "act_dtype=bfloat16 for x of float8_e4m3fn"
+    assert unsupported(bf16, fp8, w4.PerToken(True), swiglu) == "act_scale=PerToken(pow2=True)"
+    assert unsupported(bf16, bf16, w4.PerToken(True), swiglu) is None  # there are no scales
+    assert "activation=SiTU(" in str(unsupported(bf16, fp8, one, w4.SiTU()))
+    assert implementations.choose("fused_moe", None, "something") == "xla"
+    assert implementations.without_kernel("fused_moe", "both", "something") == "xla"
+    with pytest.raises(NotImplementedError, match="fused_moe: something has no SM90 kernel; pass"):
+        implementations.without_kernel("fused_moe", "cuda_sm90", "something")
 
 
 def test_another_layout_version_is_refused(layer: Layer) -> None:

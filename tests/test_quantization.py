@@ -96,6 +96,24 @@ def test_rows_do_not_depend_on_each_other(rng: np.random.Generator) -> None:
             assert_bitwise(a, b[row : row + 1])
 
 
+def test_scales_that_are_powers_of_two() -> None:
+    """The least that is not below amax / 448, for every mantissa of amax."""
+    mantissas = 1 + np.arange(128) / 128
+    amax = np.concatenate([np.ldexp(mantissas, e) for e in (-90, -1, 0, 7, 100)])
+    x = np.stack([amax, -amax / 2, np.zeros_like(amax)], axis=1).astype(ml_dtypes.bfloat16)
+    x_fp8, x_scale = quantize_per_token(jnp.asarray(x), w4.PerToken(pow2=True))
+    expected = 2.0 ** np.ceil(np.log2(amax / 448))
+    assert_bitwise(x_scale[:, 0], expected.astype(np.float32))
+    rounded = (x.astype(np.float64) / expected[:, None]).astype(ml_dtypes.float8_e4m3fn)
+    assert_bitwise(x_fp8, rounded)
+    zeros, scale = quantize_per_token(jnp.zeros((1, 4), jnp.bfloat16), w4.PerToken(pow2=True))
+    assert not np.asarray(zeros).view(np.uint8).any() and 0 < float(scale[0, 0]) < 1e-30
+    bad = jnp.asarray([[1, jnp.nan], [1, jnp.inf]], jnp.bfloat16)
+    values, scale = quantize_per_token(bad, w4.PerToken(pow2=True))
+    assert np.isnan(np.asarray(values).astype(np.float32)[0]).all() and np.isnan(scale[0, 0])
+    assert np.isinf(scale[1, 0]) and float(values[1, 0]) == 0
+
+
 def test_refusals() -> None:
     with pytest.raises(TypeError, match="x: dtype float32, need bfloat16; use x.astype"):
         w4.quantize_fp8(jnp.ones((2, 32)))

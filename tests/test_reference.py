@@ -1,6 +1,7 @@
 """The reference against float64 numpy, its batch invariance, and its memory."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -75,6 +76,34 @@ def test_random_cases_against_the_oracle(seed: int) -> None:
         )
         assert actual.dtype == jnp.bfloat16
         assert relative_rms(actual, expected) <= bound, (mode, kind)
+
+
+@pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=["fp8", "bf16"])
+def test_other_formats_activations_and_scale_rules(
+    rng: np.random.Generator, act_dtype: jnp.dtype
+) -> None:
+    """INT4 with SiTU, and scales that are powers of two."""
+    weights = data.expert_weights(rng, 4, 256, 128, bias=True, format=w4.INT4_G128)
+    x, (ids, topk_weights) = data.tokens(rng, 65, 256), data.routing(rng, "random", 65, 4, 2)
+    w13, w2 = (
+        oracle.dequantize_int4(np.asarray(q.codes), np.asarray(q.scales))
+        for q in (weights.w13, weights.w2)
+    )
+    activation = w4.SiTU(gate_bound=2.0, up_bound=3.0)
+    expected = oracle.moe(
+        as_float64(x), w13, w2, np.asarray(ids), as_float64(topk_weights), activation,
+        as_float64(weights.w13_bias), as_float64(weights.w2_bias),
+    )  # fmt: skip
+    experts = w4.pack_experts(weights)
+    run = functools.partial(w4.fused_moe, x, experts, ids, topk_weights, activation=activation)
+    exact = reference.fused_moe(x, experts, ids, topk_weights, activation=activation)
+    assert relative_rms(exact, expected) <= EXACT_RMS
+    one, pow2 = (
+        run(act_dtype=act_dtype, act_scale=w4.PerToken(pow2=pow2)) for pow2 in (False, True)
+    )
+    bound = MIRRORED_RMS if act_dtype == jnp.float8_e4m3fn else 5e-3
+    assert relative_rms(one, expected) <= bound and relative_rms(pow2, expected) <= bound
+    assert bool((one != pow2).any()) == (act_dtype == jnp.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("mode", ["exact", "mirrored"])

@@ -6,7 +6,7 @@ Codes are decoded with ml_dtypes, weights are used one token and slot at a time.
 import ml_dtypes
 import numpy as np
 
-from jax_w4moe import SwiGLU
+from jax_w4moe import SiTU, SwiGLU
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -34,7 +34,7 @@ def moe(
     w2: np.ndarray,
     topk_ids: np.ndarray,
     topk_weights: np.ndarray,
-    activation: SwiGLU,
+    activation: SwiGLU | SiTU,
     w13_bias: np.ndarray | None = None,
     w2_bias: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -54,7 +54,7 @@ def mlp(
     expert: int,
     w13: np.ndarray,
     w2: np.ndarray,
-    activation: SwiGLU,
+    activation: SwiGLU | SiTU,
     w13_bias: np.ndarray | None = None,
     w2_bias: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -63,9 +63,16 @@ def mlp(
     if w13_bias is not None:
         gate_up = gate_up + w13_bias[expert]
     gate, up = np.split(gate_up, 2, axis=-1)
+    out = gated(activation, gate, up) @ w2[expert].T
+    return out if w2_bias is None else out + w2_bias[expert]
+
+
+def gated(activation: SwiGLU | SiTU, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The activation in float64."""
+    if isinstance(activation, SiTU):
+        first, second = activation.gate_bound, activation.up_bound
+        return first * np.tanh(gate / first) / (1 + np.exp(-gate)) * second * np.tanh(up / second)
     if activation.limit is not None:
         gate = np.minimum(gate, activation.limit)
         up = np.clip(up, -activation.limit, activation.limit)
-    hidden = gate / (1 + np.exp(-activation.alpha * gate)) * (up + activation.beta)
-    out = hidden @ w2[expert].T
-    return out if w2_bias is None else out + w2_bias[expert]
+    return gate / (1 + np.exp(-activation.alpha * gate)) * (up + activation.beta)
