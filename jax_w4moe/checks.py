@@ -279,13 +279,16 @@ def activations(x: Any, x_scale: Any, rank: int | None, contraction: int, what: 
     if x.dtype == jnp.float8_e4m3fn:
         if x_scale is None:
             raise ValueError(
-                "x is float8_e4m3fn but x_scale is None; pass its scale, () or [T, 1]."
+                "x is float8_e4m3fn but x_scale is None; pass its scale, () or [T, 1] or"
+                " [T, H / 128]."
             )
         _array("x_scale", x_scale, None, "f32[] or f32[T, 1]")
-        if x_scale.shape not in ((), (*x.shape[:-1], 1)):
+        sizes = dict.fromkeys((1, -(-contraction // BLOCK_K)))
+        legal = [(), *((*x.shape[:-1], size) for size in sizes)]
+        if x_scale.shape not in legal:
             raise ValueError(
-                f"x_scale: shape {tuple(x_scale.shape)}, need () or {(*x.shape[:-1], 1)}: one scale"
-                " for all rows or one per row."
+                f"x_scale: shape {tuple(x_scale.shape)}, need {' or '.join(map(str, legal))}: one"
+                " scale for all rows, one per row, or one per 128 values of a row."
             )
         if x_scale.dtype != jnp.float32:
             raise TypeError(f"x_scale: dtype {x_scale.dtype}, need float32; cast it.")

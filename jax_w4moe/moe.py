@@ -15,7 +15,7 @@ from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
 from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
-from jax_w4moe.quantization import PerToken, quantize_per_token, round_to_bf16
+from jax_w4moe.quantization import PerToken, fold_scales, quantize_per_token, round_to_bf16
 from jax_w4moe.sharding import Tokens
 from jax_w4moe.transforms import transformable
 from jax_w4moe.tuning import Problem, Tactic
@@ -64,7 +64,9 @@ def fused_moe(
       act_dtype: what activations are rounded to before each projection: jnp.float8_e4m3fn, or
         jnp.bfloat16 (no quantisation).
       act_scale: the rule of the FP8 scales.
-      x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``.
+      x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``; or f32[T, H / 128], a scale
+        per 128 values, which are folded into one per token
+        (:func:`jax_w4moe.quantization.fold_scales`).
       expert_axis: the mesh axis that experts are spread over (:func:`jax_w4moe.shard_experts`).
       tensor_axis: the mesh axis that the intermediate size is spread over.
       token_axes: mesh axes that tokens are spread over, in this order; with neither data nor types
@@ -114,7 +116,7 @@ def fused_moe(
         implementations.unsupported(x.dtype, act_dtype, act_scale, activation),
     )
     op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype), act_scale)
-    tokens = Tokens(x, _per_row(x, x_scale), topk_ids, topk_weights)
+    tokens = Tokens(*_per_row(x, x_scale), topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size, act_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
@@ -150,7 +152,7 @@ def expert_mlp(
       experts: the packed weights of E experts.
       group_sizes: i32[E]; counts beyond the rows there are mean all rows there are.
       activation, act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
-      x_scale: a number, f32[], or f32 like rows with a last axis of 1.
+      x_scale: a number, f32[], or f32 like rows with a last axis of 1, or of H / 128.
 
     Returns:
       bf16, shaped like rows; rows of no group are zero.
@@ -170,7 +172,7 @@ def expert_mlp(
         implementations.unsupported(rows.dtype, act_dtype, act_scale, activation),
     )
     op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype), act_scale)
-    tokens = _Rows(rows, _per_row(rows, x_scale))
+    tokens = _Rows(*_per_row(rows, x_scale))
     problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]), act_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
@@ -195,7 +197,7 @@ def grouped_matmul(
       rhs: one packed projection [E, N, K] (:func:`jax_w4moe.pack`, or ``experts.w13``).
       group_sizes: i32[E]; rows past their sum give zero.
       act_dtype, act_scale, implementation, tactic: as in :func:`fused_moe`.
-      x_scale: a number, f32[] or f32[M, 1].
+      x_scale: a number, f32[], f32[M, 1] or f32[M, K / 128].
       preferred_element_type: of the result, jnp.bfloat16 (default) or jnp.float32.
 
     Returns:
@@ -216,7 +218,7 @@ def grouped_matmul(
         implementations.unsupported(lhs.dtype, act_dtype, act_scale, _SWIGLU),
     )
     op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), act_scale, out_dtype)
-    tokens = _Rows(lhs, _per_row(lhs, x_scale))
+    tokens = _Rows(*_per_row(lhs, x_scale))
     problem = Problem.of_matmul(rhs, lhs.shape[0], act_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
@@ -262,11 +264,13 @@ def _as_array(x_scale: Array | float | None) -> Array | None:
     return jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
 
 
-def _per_row(x: Array, x_scale: Array | None) -> Array | None:
-    """One scale per row, so that a batch axis can be folded into rows."""
-    if x_scale is None or x_scale.ndim:
-        return x_scale
-    return jnp.broadcast_to(x_scale, (*x.shape[:-1], 1))
+def _per_row(x: Array, x_scale: Array | None) -> tuple[Array, Array | None]:
+    """With one scale per row, so that a batch axis can be folded into rows."""
+    if x_scale is None or x_scale.shape == (*x.shape[:-1], 1):
+        return x, x_scale
+    if x_scale.ndim:
+        return fold_scales(x, x_scale)
+    return x, jnp.broadcast_to(x_scale, (*x.shape[:-1], 1))
 
 
 _ROTATIONS = 8  # so that a tuned call's weights are cold in L2, as in a model

@@ -61,6 +61,27 @@ def quantize_per_token(
     return scaled.astype(jnp.float8_e4m3fn), scale
 
 
+def fold_scales(
+    x: Float8e4m3fn[Array, "*rows H"], x_scale: Float32[Array, "*rows C"]
+) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
+    """E4M3 rows with a scale per 128 values as rows with one scale, their largest.
+
+    Exact where the scales of a row are powers of two and no value becomes smaller than E4M3 holds;
+    else values are rounded to nearest even once more.
+
+    Args:
+      x: rows; the last scale may be of fewer than 128 values.
+      x_scale: at least 0; C is H / 128, rounded up.
+
+    Returns:
+      (rows, scales).
+    """
+    largest = jnp.max(x_scale, axis=-1, keepdims=True)
+    ratio = jnp.where(largest == 0, 0.0, x_scale / jnp.where(largest == 0, 1.0, largest))
+    factors = jnp.repeat(ratio, 128, axis=-1)[..., : x.shape[-1]]
+    return (x.astype(jnp.float32) * factors).astype(jnp.float8_e4m3fn), largest
+
+
 def round_to_bf16(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """Rounds to bf16, staying in f32. XLA drops a conversion there and back; this it must keep."""
     return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)

@@ -58,7 +58,7 @@ def test_doctor_with_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_says_what_fused_moe_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(op: str, requested: str | None, act_dtype: object = None) -> str:
+    def refuse(op: str, requested: str | None, unsupported: str | None = None) -> str:
         raise NotImplementedError(f"{op}: no kernel in this version.")
 
     monkeypatch.setattr(implementation, "choose", lambda *_: "xla")
@@ -123,7 +123,7 @@ def test_demo(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_command(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a Hopper GPU without a kernel it says so and goes on."""
 
-    def refuse(op: str, requested: str | None, act_dtype: object = None) -> str:
+    def refuse(op: str, requested: str | None, unsupported: str | None = None) -> str:
         if requested == "xla":
             return "xla"
         raise NotImplementedError(f"{op}: no kernel in this version.")

@@ -86,6 +86,22 @@ def test_fp8_tokens_with_their_scale_give_the_same_bits(layer: Layer) -> None:
     assert_bitwise(w4.fused_moe(x_fp8, experts, ids, weights, x_scale=0.25), per_row)
 
 
+def test_fp8_tokens_with_a_scale_per_128_values(rng: np.random.Generator) -> None:
+    """A dispatch that quantises so; powers of two fold exactly."""
+    experts = w4.pack_experts(data.expert_weights(rng, 3, 256, 128))
+    ids, weights = data.routing(rng, "random", 7, 3, 2)
+    x = jnp.asarray(rng.uniform(1, 8, (7, 256)), jnp.float8_e4m3fn)
+    scales = jnp.asarray([[1.0, 0.25]] * 7, jnp.float32)
+    y = w4.fused_moe(x, experts, ids, weights, x_scale=scales)
+    quartered = x.at[:, 128:].set((x[:, 128:].astype(jnp.float32) / 4).astype(x.dtype))
+    assert_bitwise(y, w4.fused_moe(quartered, experts, ids, weights, x_scale=1.0))
+    masked = w4.expert_mlp(
+        x[None, :6].reshape(3, 2, 256), experts, jnp.full(3, 2, jnp.int32),
+        x_scale=scales[:6].reshape(3, 2, 2),
+    )  # fmt: skip
+    assert masked.shape == (3, 2, 256)
+
+
 def test_numpy_arrays_are_accepted(layer: Layer) -> None:
     experts, x, ids, weights = layer
     y = w4.fused_moe(np.asarray(x), experts, np.asarray(ids), np.asarray(weights))

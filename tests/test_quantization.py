@@ -114,6 +114,23 @@ def test_scales_that_are_powers_of_two() -> None:
     assert np.isinf(scale[1, 0]) and float(values[1, 0]) == 0
 
 
+def test_scales_of_128_values_are_folded(rng: np.random.Generator) -> None:
+    """Exactly, where they are powers of two; a group of scale zero is zero."""
+    x = np.asarray(rng.standard_normal((6, 320)), ml_dtypes.float8_e4m3fn)
+    powers = 2.0 ** rng.integers(-3, 3, (6, 3))
+    powers[2, 1], powers[4] = 0, 0
+    for scales, bound in ((powers, 0.0), (rng.uniform(0.5, 2, (6, 3)), 0.03)):
+        folded, scale = quantization.fold_scales(jnp.asarray(x), jnp.asarray(scales, jnp.float32))
+        assert_bitwise(scale[:, 0], scales.max(axis=1).astype(np.float32))
+        restored = np.asarray(folded).astype(np.float64) * np.asarray(scale)
+        expected = x.astype(np.float64) * np.repeat(scales, 128, axis=1)[:, :320]
+        error = np.sqrt(np.sum((restored - expected) ** 2) / np.sum(expected**2))
+        assert error <= bound + 1e-2 * (bound == 0)
+        if bound == 0:
+            fine = np.abs(expected) >= 2.0**-6 * np.asarray(scale)  # no E4M3 subnormals
+            np.testing.assert_array_equal(restored[fine], expected[fine])
+
+
 def test_refusals() -> None:
     with pytest.raises(TypeError, match="x: dtype float32, need bfloat16; use x.astype"):
         w4.quantize_fp8(jnp.ones((2, 32)))
