@@ -2,10 +2,11 @@
 
 An expert axis of the mesh holds whole experts (EP); a tensor axis holds slices of the intermediate
 size (TP). The op runs in a ``shard_map`` that is manual over all axes of the mesh. Weights never
-move. Tokens that are sharded over one of those axes are gathered, in one collective; every device
-computes what its weights give; and results are exchanged in one collective (two, where many rows
-are wanted everywhere) and summed, or picked, at home in a fixed order: activations are never
-reduced on the way, so a result does not depend on the other tokens nor on timing.
+move. Tokens that are sharded over one of those axes are gathered, in one collective, or sent to the
+devices that need them; every device computes what its weights give; and results are exchanged in
+one collective (two, where many rows are wanted everywhere) and summed, or picked, at home in a
+fixed order: activations are never reduced on the way, so a result does not depend on the other
+tokens nor on timing.
 """
 
 from jax_w4moe.sharding.dispatch import dispatched, is_dispatched
