@@ -36,7 +36,8 @@ def _shape(name: str, value: Any, expected: tuple[int, ...], why: str) -> None:
         raise ValueError(f"{name}: shape {tuple(value.shape)}, need {expected}: {why}.")
 
 
-def _size(name: str, size: int, multiple: int = SIZE_MULTIPLE) -> None:
+def _size(name: str, size: int, group_size: int = 1) -> None:
+    multiple = max(SIZE_MULTIPLE, group_size)
     if size <= 0 or size % multiple:
         raise ValueError(
             f"{name}={size} is not a positive multiple of {multiple};"
@@ -82,7 +83,7 @@ def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
     if num_experts < 1 or num_experts > MAX_EXPERTS:
         raise ValueError(f"{name}: E={num_experts} is not in 1..{MAX_EXPERTS}.")
     _size(f"{name}: N", rows)
-    _size(f"{name}: K", columns, max(SIZE_MULTIPLE, q.format.group_size))
+    _size(f"{name}: K", columns, q.format.group_size)
     _shape(
         f"{name}.scales",
         q.scales,
@@ -146,8 +147,8 @@ def float_kernels(w_gate: Any, w_up: Any, w_down: Any, group_size: int) -> None:
         "w_up", w_up, (num_experts, intermediate, hidden), "w_up is shaped like w_gate [E, I, H]"
     )
     _shape("w_down", w_down, (num_experts, hidden, intermediate), "w_down is [E, H, I]")
-    _size("hidden_size H", hidden, max(SIZE_MULTIPLE, group_size))
-    _size("intermediate_size I", intermediate, max(SIZE_MULTIPLE, group_size))
+    _size("hidden_size H", hidden, group_size)
+    _size("intermediate_size I", intermediate, group_size)
 
 
 def layout_version(name: str, version: int) -> None:
@@ -358,8 +359,8 @@ def layer_sizes(
     hidden: int, intermediate: int, num_experts: int, top_k: int, group_size: int
 ) -> None:
     """Checks the sizes a layer is made with."""
-    _size("hidden_size", hidden, max(SIZE_MULTIPLE, group_size))
-    _size("intermediate_size", intermediate, max(SIZE_MULTIPLE, group_size))
+    _size("hidden_size", hidden, group_size)
+    _size("intermediate_size", intermediate, group_size)
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts={num_experts} is not in 1..{MAX_EXPERTS}.")
     bound = min(MAX_TOP_K, num_experts)

@@ -110,24 +110,20 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
-    choice = implementations.choose(
-        "fused_moe",
-        implementation,
-        implementations.unsupported(x.dtype, act_dtype, act_scale, activation),
-    )
-    op = functools.partial(_fused_moe, choice, activation, jnp.dtype(act_dtype), act_scale)
+    how = _how("fused_moe", implementation, x, activation, act_dtype, act_scale)
+    op = functools.partial(_fused_moe, how)
     tokens = Tokens(*_per_row(x, x_scale), topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size, act_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
-        options = (choice, activation, jnp.dtype(act_dtype), act_scale, tactic)
+        options = (how, tactic)
         if is_partitioned:
             return _partitioned_moe(*options)(tokens, experts)
         placement, mesh = sharding.place(x, experts, **axes)
         return sharding.run(placement, mesh, _spread_moe(*options, placement), tokens, experts)
     rotated = _rotated_ids(topk_ids, experts.num_experts)
     return _run(
-        problem, choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
+        problem, how.choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
     )
 
 
@@ -166,16 +162,12 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    choice = implementations.choose(
-        "expert_mlp",
-        implementation,
-        implementations.unsupported(rows.dtype, act_dtype, act_scale, activation),
-    )
-    op = functools.partial(_expert_mlp, choice, activation, jnp.dtype(act_dtype), act_scale)
+    how = _how("expert_mlp", implementation, rows, activation, act_dtype, act_scale)
+    op = functools.partial(_expert_mlp, how)
     tokens = _Rows(*_per_row(rows, x_scale))
     problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]), act_dtype)
     rotated = _rotated_sizes(group_sizes)
-    return _run(problem, choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
+    return _run(problem, how.choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
 
 
 def grouped_matmul(
@@ -212,16 +204,12 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    choice = implementations.choose(
-        "grouped_matmul",
-        implementation,
-        implementations.unsupported(lhs.dtype, act_dtype, act_scale, _SWIGLU),
-    )
-    op = functools.partial(_grouped_matmul, choice, jnp.dtype(act_dtype), act_scale, out_dtype)
+    how = _how("grouped_matmul", implementation, lhs, _SWIGLU, act_dtype, act_scale)
+    op = functools.partial(_grouped_matmul, how, out_dtype)
     tokens = _Rows(*_per_row(lhs, x_scale))
     problem = Problem.of_matmul(rhs, lhs.shape[0], act_dtype)
     rotated = _rotated_sizes(group_sizes)
-    return _run(problem, choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
+    return _run(problem, how.choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
 
 
 def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
@@ -248,6 +236,29 @@ def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array,
     checks.quantizable(x)
     choice = implementations.choose("quantize_fp8", implementation)
     return _quantize_fp8(choice)(_Row(x), ())
+
+
+class _How(NamedTuple):
+    """What is static of a call, and stays what it is whatever the tactic."""
+
+    choice: implementations.Choice
+    activation: Activation
+    act_dtype: jnp.dtype
+    act_scale: PerToken
+
+
+def _how(
+    op: str,
+    implementation: str | None,
+    x: Array,
+    activation: Activation,
+    act_dtype: Any,
+    act_scale: PerToken,
+) -> _How:
+    """Chooses the implementation."""
+    unsupported = implementations.unsupported(x.dtype, act_dtype, act_scale, activation)
+    choice = implementations.choose(op, implementation, unsupported)
+    return _How(choice, activation, jnp.dtype(act_dtype), act_scale)
 
 
 class _Rows(NamedTuple):
@@ -316,10 +327,7 @@ _differentiable_moe = functools.partial(
 
 @functools.cache
 def _fused_moe(
-    choice: implementations.Choice,
-    activation: Activation,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     tactic: Tactic | None,
     slot_dtype: Any = _BFLOAT16,
 ) -> Any:
@@ -330,27 +338,29 @@ def _fused_moe(
             tokens.topk_ids,
             tokens.topk_weights,
             x_scale=tokens.x_scale,
-            activation=activation,
-            act_dtype=act_dtype,
-            act_scale=act_scale,
+            activation=how.activation,
+            act_dtype=how.act_dtype,
+            act_scale=how.act_scale,
             mode="mirrored",
             slot_dtype=slot_dtype,
         )
 
     def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
         x, x_scale, ids, weights = tokens
-        problem = Problem.of_layer("fused_moe", experts, ids.size, act_dtype)
+        problem = Problem.of_layer("fused_moe", experts, ids.size, how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        assert isinstance(activation, SwiGLU)  # others have been refused
-        return fused_moe_cuda(x, x_scale, experts, ids, weights, act_dtype, activation, chosen)
+        assert isinstance(how.activation, SwiGLU)  # others have been refused
+        return fused_moe_cuda(
+            x, x_scale, experts, ids, weights, how.act_dtype, how.activation, chosen
+        )
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
-        return implementations.run(choice, cuda, xla, tokens, experts)
+        return implementations.run(how.choice, cuda, xla, tokens, experts)
 
     def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
         x, x_scale, ids, weights = tokens
         dx, dweights = reference.fused_moe_gradients(
-            x, experts, ids, weights, x_scale, cotangent, activation
+            x, experts, ids, weights, x_scale, cotangent, how.activation
         )
         return {"x": dx.astype(x.dtype), "topk_weights": dweights}
 
@@ -359,10 +369,7 @@ def _fused_moe(
 
 @functools.cache
 def _spread_moe(
-    choice: implementations.Choice,
-    activation: Activation,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     tactic: Tactic | None,
     placement: sharding.Placement,
 ) -> Any:
@@ -374,7 +381,7 @@ def _spread_moe(
         x, x_scale, ids, weights = everyone
         ids = sharding.local_ids(ids, experts, placement)
         dx, dweights = reference.fused_moe_gradients(
-            x, part, ids, weights, x_scale, cotangent, activation
+            x, part, ids, weights, x_scale, cotangent, how.activation
         )
         both = sharding.bring_home(jnp.concatenate([dx, dweights], axis=1), placement)
         dx, dweights = jnp.split(both, [dx.shape[1]], axis=1)
@@ -383,53 +390,45 @@ def _spread_moe(
             "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
         }
 
-    run = _spread_run(choice, activation, act_dtype, act_scale, tactic, placement)
+    run = _spread_run(how, tactic, placement)
     return _differentiable_moe(run, backward=backward)
 
 
 @functools.cache
 def _partitioned_moe(
-    choice: implementations.Choice,
-    activation: Activation,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     tactic: Tactic | None,
 ) -> Any:
     """The layer in a program whose weights XLA's partitioner finds spread; without gradients."""
-    run = functools.partial(_spread_run, choice, activation, act_dtype, act_scale, tactic)
+    run = functools.partial(_spread_run, how, tactic)
     name = "fused_moe without expert_axis or tensor_axis on weights that are spread"
     return transformable(name, functools.partial(sharding.partitioned, run), foldable=True)
 
 
 @functools.cache
 def _spread_run(
-    choice: implementations.Choice,
-    activation: Activation,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     tactic: Tactic | None,
     placement: sharding.Placement,
 ) -> Callable[[Tokens, PackedExperts], Array]:
     """What a device does of the layer, exchange included."""
-    is_fp8 = act_dtype == jnp.float8_e4m3fn
-    quantize = functools.partial(quantize_per_token, rule=act_scale)
-    layer = _fused_moe(choice, activation, act_dtype, act_scale, tactic)
+    is_fp8 = how.act_dtype == jnp.float8_e4m3fn
+    quantize = functools.partial(quantize_per_token, rule=how.act_scale)
+    layer = _fused_moe(how, tactic)
     # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
     # the slices' own scales differ from one device's by more than that.
     is_rounded_late = placement.tensor_axis is not None and not is_fp8
     slot_layer = layer
     if is_rounded_late and placement.exchange == sharding.SLOT_ROWS:
         what = "act_dtype=bfloat16 with exchange='slot_rows' over a tensor axis"
-        own = implementations.without_kernel("fused_moe", choice, what)
-        slot_layer = _fused_moe(
-            own, activation, act_dtype, act_scale, tactic, jnp.dtype(jnp.float32)
-        )
+        own = implementations.without_kernel("fused_moe", how.choice, what)
+        slot_layer = _fused_moe(how._replace(choice=own), tactic, jnp.dtype(jnp.float32))
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
         part = sharding.local_part(experts, placement)
         topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
         if placement.gathered_axes and tokens.x_scale is None and is_fp8:
-            x, x_scale = implementations.run(choice, quantize_fp8_cuda, quantize, tokens.x)
+            x, x_scale = implementations.run(how.choice, quantize_fp8_cuda, quantize, tokens.x)
             tokens = tokens._replace(x=x, x_scale=x_scale)
 
         def local(tokens: Tokens) -> Tokens:
@@ -460,10 +459,7 @@ def _spread_run(
 
 @functools.cache
 def _expert_mlp(
-    choice: implementations.Choice,
-    activation: Activation,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     tactic: Tactic | None,
 ) -> Any:
     def xla(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
@@ -471,27 +467,27 @@ def _expert_mlp(
             tokens.rows,
             *fixed,
             x_scale=tokens.x_scale,
-            activation=activation,
-            act_dtype=act_dtype,
-            act_scale=act_scale,
+            activation=how.activation,
+            act_dtype=how.act_dtype,
+            act_scale=how.act_scale,
             mode="mirrored",
         )
 
     def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         num_rows = math.prod(tokens.rows.shape[:-1])
-        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, act_dtype)
+        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        assert isinstance(activation, SwiGLU)  # others have been refused
-        return expert_mlp_cuda(*tokens, *fixed, act_dtype, activation, chosen)
+        assert isinstance(how.activation, SwiGLU)  # others have been refused
+        return expert_mlp_cuda(*tokens, *fixed, how.act_dtype, how.activation, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
-        return implementations.run(choice, cuda, xla, tokens, fixed)
+        return implementations.run(how.choice, cuda, xla, tokens, fixed)
 
     def backward(
         tokens: _Rows, fixed: tuple[PackedExperts, Array], cotangent: Array
     ) -> dict[str, Array]:
         gradient = reference.expert_mlp_gradient(
-            tokens.rows, *fixed, tokens.x_scale, cotangent, activation
+            tokens.rows, *fixed, tokens.x_scale, cotangent, how.activation
         )
         return {"rows": gradient.astype(tokens.rows.dtype)}
 
@@ -500,9 +496,7 @@ def _expert_mlp(
 
 @functools.cache
 def _grouped_matmul(
-    choice: implementations.Choice,
-    act_dtype: jnp.dtype,
-    act_scale: PerToken,
+    how: _How,
     out_dtype: jnp.dtype,
     tactic: Tactic | None,
 ) -> Any:
@@ -511,19 +505,19 @@ def _grouped_matmul(
             tokens.rows,
             *fixed,
             x_scale=tokens.x_scale,
-            act_dtype=act_dtype,
-            act_scale=act_scale,
+            act_dtype=how.act_dtype,
+            act_scale=how.act_scale,
             mode="mirrored",
         )
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], act_dtype)
+        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return grouped_matmul_cuda(*tokens, *fixed, act_dtype, out_dtype, chosen)
+        return grouped_matmul_cuda(*tokens, *fixed, how.act_dtype, out_dtype, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        return implementations.run(choice, cuda, xla, tokens, fixed)
+        return implementations.run(how.choice, cuda, xla, tokens, fixed)
 
     def backward(
         tokens: _Rows, fixed: tuple[PackedTensor, Array], cotangent: Array

@@ -4,6 +4,8 @@
 
 #include <string_view>
 
+#include "mainloop/activations.cuh"
+
 #define JAX_W4MOE_FORMATS(X) \
   X(Mxfp4, mxfp4)            \
   X(Int4G128, int4_g128)
@@ -21,7 +23,7 @@ struct Operands {
   WeightFormat weights;
   bool is_bf16;  // activations; else E4M3
 
-  int Panels() const { return is_bf16 ? 2 : 1; }  // as in mainloop/activations.cuh
+  int Panels() const { return is_bf16 ? Bf16Activations::kPanels : Fp8Activations::kPanels; }
 };
 
 // The format of a name; false if there is none.

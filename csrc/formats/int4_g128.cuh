@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "common/limits.h"
+#include "formats/record.cuh"
 #include "mainloop/activations.cuh"
 #include "ptx/sm90.cuh"
 
@@ -22,11 +22,6 @@ struct Int4Scales {
 
   struct Tables {};
   static __device__ __forceinline__ Tables LoadTables(uint32_t, int, uint32_t) { return {}; }
-
-  static __device__ __forceinline__ uint2 Words(uint32_t record, int thread) {
-    const int pair = thread / 32 * 8 + thread % 32 / 4;
-    return ptx::LoadShared64(record + 4096 + pair * 8);
-  }
 };
 
 template <typename Activations>
@@ -37,7 +32,7 @@ struct Int4G128<Fp8Activations> : Int4Scales {
   using Activations = Fp8Activations;
 
   static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
-    const uint2 words = Words(record, thread);
+    const uint2 words = ScaleWords(record, thread);
     scale[0] = __uint_as_float(words.x);
     scale[1] = __uint_as_float(words.y);
   }
@@ -45,7 +40,7 @@ struct Int4G128<Fp8Activations> : Int4Scales {
   template <int kPlane>
   static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread, const Tables&,
                                                    uint32_t (&a)[4][4]) {
-    const uint4 codes = ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+    const uint4 codes = Codes<kPlane>(record, thread);
     Decode(codes.x, a[2 * kPlane][0], a[2 * kPlane][2]);
     Decode(codes.y, a[2 * kPlane][1], a[2 * kPlane][3]);
     Decode(codes.z, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);
@@ -70,7 +65,7 @@ struct Int4G128<Bf16Activations> : Int4Scales {
 
   // The record's scales are for E4M3 operands, which are 2^-8 of these.
   static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
-    const uint2 words = Words(record, thread);
+    const uint2 words = ScaleWords(record, thread);
     scale[0] = __uint_as_float(words.x) * 0x1p-8f;
     scale[1] = __uint_as_float(words.y) * 0x1p-8f;
   }
@@ -78,7 +73,7 @@ struct Int4G128<Bf16Activations> : Int4Scales {
   template <int kPlane>
   static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread, const Tables&,
                                                    uint32_t (&a)[4][4]) {
-    const uint4 codes = ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+    const uint4 codes = Codes<kPlane>(record, thread);
     Decode<0>(codes.x, a[0], a[1]);
     Decode<1>(codes.y, a[0], a[1]);
     Decode<0>(codes.z, a[2], a[3]);

@@ -10,19 +10,15 @@
 
 #include <cstdint>
 
-#include "common/limits.h"
+#include "formats/record.cuh"
 #include "mainloop/activations.cuh"
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
 
 struct Mxfp4Scales {
-  static __device__ __forceinline__ uint2 Words(uint32_t record, int thread) {
-    const int pair = thread / 32 * 8 + thread % 32 / 4;
-    return ptx::LoadShared64(record + 4096 + pair * 8);
-  }
   static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
-    const uint2 words = Words(record, thread);
+    const uint2 words = ScaleWords(record, thread);
     scale[0] = __uint_as_float(words.x & 0x7f800000u);
     scale[1] = __uint_as_float(words.y & 0x7f800000u);
   }
@@ -57,7 +53,7 @@ struct Mxfp4<Fp8Activations> : Mxfp4Scales {
     uint2 low, high;
   };
   static __device__ __forceinline__ Tables LoadTables(uint32_t record, int thread, uint32_t table) {
-    const uint2 words = Words(record, thread);
+    const uint2 words = ScaleWords(record, thread);
     const int shift = thread % 4 * 4;
     return {ptx::LoadShared64(table + (words.x >> shift & 0x78)),
             ptx::LoadShared64(table + (words.y >> shift & 0x78))};
@@ -68,7 +64,7 @@ struct Mxfp4<Fp8Activations> : Mxfp4Scales {
   template <int kPlane>
   static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread,
                                                    const Tables& tables, uint32_t (&a)[4][4]) {
-    const uint4 codes = ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+    const uint4 codes = Codes<kPlane>(record, thread);
     Decode(codes.x, tables.low, a[2 * kPlane][0], a[2 * kPlane][2]);
     Decode(codes.y, tables.high, a[2 * kPlane][1], a[2 * kPlane][3]);
     Decode(codes.z, tables.low, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);
@@ -102,7 +98,7 @@ struct Mxfp4<Bf16Activations> : Mxfp4Scales {
     uint4 low, high;
   };
   static __device__ __forceinline__ Tables LoadTables(uint32_t record, int thread, uint32_t table) {
-    const uint2 words = Words(record, thread);
+    const uint2 words = ScaleWords(record, thread);
     const int shift = thread % 4 * 4;
     return {ptx::LoadShared128(table + (words.x >> shift & 0x78) * 2),
             ptx::LoadShared128(table + (words.y >> shift & 0x78) * 2)};
@@ -112,7 +108,7 @@ struct Mxfp4<Bf16Activations> : Mxfp4Scales {
   template <int kPlane>
   static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread,
                                                    const Tables& tables, uint32_t (&a)[4][4]) {
-    const uint4 codes = ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+    const uint4 codes = Codes<kPlane>(record, thread);
     Decode<0>(codes.x, tables.low, a[0], a[1]);
     Decode<1>(codes.y, tables.high, a[0], a[1]);
     Decode<0>(codes.z, tables.low, a[2], a[3]);

@@ -47,10 +47,8 @@ def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -
     """Random codes under one scale: what the kernels do does not depend on the values."""
     groups = BLOCK_K // format.group_size
     with jax.ensure_compile_time_eval():
-        one = jnp.full((1, groups), 118 if format.scale_dtype == jnp.uint8 else 2.0**-9)
-        words, _ = format.scale_words(
-            jnp.ones((1, BLOCK_K), jnp.uint8), one.astype(format.scale_dtype)
-        )
+        scales = format.canonical_scales(jnp.full((1, groups), 2.0**-9, jnp.float32))
+        words, _ = format.scale_words(jnp.ones((1, BLOCK_K), jnp.uint8), scales)
         word = np.asarray(words).view(np.uint8).reshape(-1)
 
     def tensor(key: jax.Array, rows: int, columns: int, order: RowOrder) -> PackedTensor:

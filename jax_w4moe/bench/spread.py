@@ -15,6 +15,7 @@ from jax_w4moe import sharding
 from jax_w4moe.bench.layers import Call, calls, random_experts
 from jax_w4moe.bench.shapes import Shape
 from jax_w4moe.moe import fused_moe
+from jax_w4moe.sharding.dispatch import LEAST_TOKENS
 from jax_w4moe.timing import Program
 from jax_w4moe.types import PackedExperts
 
@@ -24,7 +25,6 @@ NUM_TOKENS = (1, 8, 32, 128, 1024, 8192)
 KINDS = ("expert", "tensor")
 
 _AXIS = "devices"
-_DISPATCHED_TOKENS = 128  # of a device; with fewer nobody would dispatch
 
 
 class Spread(NamedTuple):
@@ -102,7 +102,7 @@ class Layer:
             time_us(self._mapped(self._local, P(), P(_AXIS)), everywhere),
             time_us(self._mapped(self._bf16, P(_AXIS), P(_AXIS)), self.rows) if is_expert else None,
             time_us(functools.partial(self.call, exchange="dispatch"), self.rows)
-            if is_expert and num_tokens >= _DISPATCHED_TOKENS
+            if is_expert and num_tokens >= LEAST_TOKENS
             else None,
         )
 

@@ -10,13 +10,13 @@ from jax import Array
 
 from jax_w4moe import varying
 from jax_w4moe.formats.layout import round_up
-from jax_w4moe.sharding.exchange import as_bits, as_bytes, gather, to_owners
+from jax_w4moe.sharding.exchange import as_bits, as_bytes, gather, reinterpret, to_owners
 from jax_w4moe.sharding.placement import DISPATCH, Placement
 
 _HEADROOM = 1.25  # over what balanced routing sends
 # When it is chosen: within a host, and for few tokens, agreeing on it costs more than it saves.
 _HOST_DEVICES = 8
-_LEAST_TOKENS = 128  # of a device
+LEAST_TOKENS = 128  # of a device
 _WORTHWHILE = 0.6  # of all tokens, at most
 _NO_EXPERT = 0xFFFFFFFF  # all bits of a row that holds no token: its ids are -1
 
@@ -44,7 +44,7 @@ def is_dispatched(placement: Placement, num_tokens: int, top_k: int) -> bool:
     devices = jax.lax.axis_size(placement.expert_axis)
     few = capacity(num_tokens, top_k, devices)
     return (
-        devices > _HOST_DEVICES and num_tokens >= _LEAST_TOKENS and few <= _WORTHWHILE * num_tokens
+        devices > _HOST_DEVICES and num_tokens >= LEAST_TOKENS and few <= _WORTHWHILE * num_tokens
     )
 
 
@@ -79,13 +79,15 @@ def dispatched(
     token = token.at[numbers, place].set(every, mode="drop")
 
     def to_few() -> Array:
-        sent = _words(payload).at[token].get(mode="fill", fill_value=_NO_EXPERT)
-        received = jax.lax.all_to_all(_narrow(sent, payload.dtype), axis, 0, 0)
+        # Rows are picked word by word, which takes a while: the wider the better.
+        words = reinterpret(payload, jnp.uint32)
+        sent = words.at[token].get(mode="fill", fill_value=_NO_EXPERT)
+        received = jax.lax.all_to_all(reinterpret(sent, payload.dtype), axis, 0, 0)
         rows = as_bits(work(values(received.reshape(devices * few, -1))))
         returned = jax.lax.all_to_all(rows.reshape(devices, few, -1), axis, 0, 0)
         # A device that was not sent a token has nothing of it: zero, as through gather.
-        own = _words(returned).at[numbers, place].get(mode="fill", fill_value=0)
-        return _narrow(own, rows.dtype)
+        own = reinterpret(returned, jnp.uint32).at[numbers, place].get(mode="fill", fill_value=0)
+        return reinterpret(own, rows.dtype)
 
     def to_all() -> Array:
         return to_owners(work(gather(tokens, placement)), placement)
@@ -97,18 +99,3 @@ def dispatched(
     return jax.lax.cond(
         most <= few, lambda: varying.vary(to_few(), axes), lambda: varying.vary(to_all(), axes)
     )
-
-
-def _words(rows: Array) -> Array:
-    """[..., n] -> u32[..., n * itemsize / 4]: rows are picked word by word, which takes a while."""
-    count = 4 // rows.dtype.itemsize
-    if count == 1:
-        return rows
-    return jax.lax.bitcast_convert_type(rows.reshape(*rows.shape[:-1], -1, count), jnp.uint32)
-
-
-def _narrow(words: Array, dtype: Any) -> Array:
-    """The inverse of :func:`_words`."""
-    if words.dtype == dtype:
-        return words
-    return jax.lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)

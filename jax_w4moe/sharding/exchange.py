@@ -82,22 +82,19 @@ def as_bytes(rows: Any) -> tuple[Array, Callable[[Array], Any]]:
 
     def values(payload: Array) -> Any:
         parts = jnp.split(payload, ends[:-1], axis=1)
-        own = [_values(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+        own = [reinterpret(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
         return jax.tree.unflatten(tree, own)
 
-    return jnp.concatenate([_bytes(leaf) for leaf in leaves], axis=1), values
+    return jnp.concatenate([reinterpret(leaf, jnp.uint8) for leaf in leaves], axis=1), values
 
 
-def _bytes(array: Array) -> Array:
-    """[T, n] of any dtype -> u8[T, n * itemsize]."""
-    return jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(array.shape[0], -1)
-
-
-def _values(payload: Array, dtype: Any) -> Array:
-    """The inverse of :func:`_bytes`."""
-    size = jnp.dtype(dtype).itemsize
-    shape = (payload.shape[0], -1) if size == 1 else (payload.shape[0], -1, size)
-    return jax.lax.bitcast_convert_type(payload.reshape(shape), dtype)
+def reinterpret(array: Array, dtype: Any) -> Array:
+    """The bytes of the last axis as another dtype: [..., n] -> [..., n * itemsize / its]."""
+    own, its = array.dtype.itemsize, jnp.dtype(dtype).itemsize
+    shape = (*array.shape[:-1], array.shape[-1] * own // its)
+    if own < its:
+        array = array.reshape(*shape, its // own)
+    return jax.lax.bitcast_convert_type(array, dtype).reshape(shape)
 
 
 def to_owners(parts: Array, placement: Placement) -> Array:
