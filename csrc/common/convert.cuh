@@ -38,6 +38,23 @@ __device__ __forceinline__ uint32_t PackE4m3x4(float v0, float v1, float v2, flo
   return reinterpret_cast<uint32_t const&>(packed);
 }
 
+// The same to e5m2, beyond +-57344 saturating; and back, exactly.
+__device__ __forceinline__ uint32_t PackE5m2x4(float v0, float v1, float v2, float v3) {
+  cutlass::Array<float, 4> values;
+  values[0] = v0;
+  values[1] = v1;
+  values[2] = v2;
+  values[3] = v3;
+  auto packed = cutlass::NumericArrayConverter<cutlass::float_e5m2_t, float, 4>::convert(values);
+  return reinterpret_cast<uint32_t const&>(packed);
+}
+__device__ __forceinline__ void UnpackE5m2x4(uint32_t packed, float (&values)[4]) {
+  const auto unpacked = cutlass::NumericArrayConverter<float, cutlass::float_e5m2_t, 4>::convert(
+      reinterpret_cast<const cutlass::Array<cutlass::float_e5m2_t, 4>&>(packed));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = unpacked[i];
+}
+
 // One f32 to the byte of an e4m3.
 __device__ __forceinline__ uint8_t ToE4m3(float v) {
   return static_cast<uint8_t>(PackE4m3x4(v, 0.0f, 0.0f, 0.0f));

@@ -1,7 +1,6 @@
 // MXFP4 records on the device: from shared memory to WGMMA A fragments, exactly.
 //
-// The byte map is docs/layout.md; jax_w4moe/formats/{layout,mxfp4}.py write it. A decoder, for E4M3
-// and for bf16 activations, has:
+// The byte map is docs/layout.md; jax_w4moe/formats/{layout,mxfp4}.py write it. A decoder has:
 //   kTableBytes, TableByte   a table in shared memory, and its bytes
 //   Tables, LoadTables       what a thread keeps of it for a record
 //   LoadPlane                the A fragments of one of a record's two planes
@@ -11,36 +10,20 @@
 #include <cstdint>
 
 #include "formats/record.cuh"
-#include "mainloop/activations.cuh"
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
 
-struct Mxfp4Scales {
-  static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
-    const uint2 words = ScaleWords(record, thread);
-    scale[0] = __uint_as_float(words.x & 0x7f800000u);
-    scale[1] = __uint_as_float(words.y & 0x7f800000u);
-  }
-  // Magnitude 0 to 7 as a number of halves: 0, .5, 1, 1.5, 2, 3, 4, 6.
-  static __device__ __forceinline__ int Halves(int magnitude) {
-    return magnitude < 4 ? magnitude : (magnitude & 1 ? 3 : 2) << (magnitude / 2 - 1);
-  }
-};
-
-template <typename Activations>
-struct Mxfp4;
-
-template <>
-struct Mxfp4<Fp8Activations> : Mxfp4Scales {
-  using Activations = Fp8Activations;
+struct Mxfp4 {
   // 16 rows of 8 bytes: row `index` holds E4M3 of the eight magnitudes times 2^(index - 9); row 0,
   // the all-zero group, holds zeros. Eight-byte loads of any lanes touch each bank once.
   static constexpr int kTableBytes = 128;
 
   // Byte i of the table, for thread i of 128.
   static __device__ __forceinline__ uint8_t TableByte(int i) {
-    const int index = i / 8, halves = Halves(i % 8);
+    const int index = i / 8, magnitude = i % 8;
+    // Of the magnitude: 0, .5, 1, 1.5, 2, 3, 4, 6.
+    const int halves = magnitude < 4 ? magnitude : (magnitude & 1 ? 3 : 2) << (magnitude / 2 - 1);
     if (index == 0 || halves == 0) return 0;
     const int top = 31 - __clz(halves);
     const int exponent = top - 1 + index - 9;  // of the value: halves / 2 * 2^(index - 9)
@@ -71,6 +54,12 @@ struct Mxfp4<Fp8Activations> : Mxfp4Scales {
     Decode(codes.w, tables.high, a[2 * kPlane + 1][1], a[2 * kPlane + 1][3]);
   }
 
+  static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
+    const uint2 words = ScaleWords(record, thread);
+    scale[0] = __uint_as_float(words.x & 0x7f800000u);
+    scale[1] = __uint_as_float(words.y & 0x7f800000u);
+  }
+
  private:
   // Eight codes to two registers of four E4M3.
   static __device__ __forceinline__ void Decode(uint32_t codes, uint2 table, uint32_t& first,
@@ -78,59 +67,6 @@ struct Mxfp4<Fp8Activations> : Mxfp4Scales {
     const uint32_t selector = codes & 0x77777777u;
     first = ptx::Permute(table.x, table.y, selector) | (codes & 0x80808080u);
     second = ptx::Permute(table.x, table.y, selector >> 16) | (codes << 4 & 0x80808080u);
-  }
-};
-
-template <>
-struct Mxfp4<Bf16Activations> : Mxfp4Scales {
-  using Activations = Bf16Activations;
-  // 16 rows of 16 bytes: row `index` holds bf16 of the eight magnitudes times 2^(index - 9), first
-  // the low bytes of all, then the high ones; row 0 holds zeros.
-  static constexpr int kTableBytes = 256;
-
-  static __device__ __forceinline__ uint8_t TableByte(int i) {
-    const int index = i / 16;
-    const float value = index ? ldexpf(static_cast<float>(Halves(i % 8)), index - 10) : 0.0f;
-    return static_cast<uint8_t>(__float_as_uint(value) >> (i % 16 < 8 ? 16 : 24));
-  }
-
-  struct Tables {
-    uint4 low, high;
-  };
-  static __device__ __forceinline__ Tables LoadTables(uint32_t record, int thread, uint32_t table) {
-    const uint2 words = ScaleWords(record, thread);
-    const int shift = thread % 4 * 4;
-    return {ptx::LoadShared128(table + (words.x >> shift & 0x78) * 2),
-            ptx::LoadShared128(table + (words.y >> shift & 0x78) * 2)};
-  }
-
-  // Instructions (m64k16 each) 4 kPlane to 4 kPlane + 3 of a record.
-  template <int kPlane>
-  static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread,
-                                                   const Tables& tables, uint32_t (&a)[4][4]) {
-    const uint4 codes = Codes<kPlane>(record, thread);
-    Decode<0>(codes.x, tables.low, a[0], a[1]);
-    Decode<1>(codes.y, tables.high, a[0], a[1]);
-    Decode<0>(codes.z, tables.low, a[2], a[3]);
-    Decode<1>(codes.w, tables.high, a[2], a[3]);
-  }
-
- private:
-  // Eight codes to four registers of two bf16: kHigh and kHigh + 2 of two instructions.
-  template <int kHigh>
-  static __device__ __forceinline__ void Decode(uint32_t codes, const uint4& table,
-                                                uint32_t (&first)[4], uint32_t (&second)[4]) {
-    const uint32_t selector = codes & 0x77777777u;
-    DecodeFour(selector, codes, table, first[kHigh], first[kHigh + 2]);
-    DecodeFour(selector >> 16, codes << 4, table, second[kHigh], second[kHigh + 2]);
-  }
-  static __device__ __forceinline__ void DecodeFour(uint32_t selector, uint32_t signs,
-                                                    const uint4& table, uint32_t& first,
-                                                    uint32_t& second) {
-    const uint32_t low = ptx::Permute(table.x, table.y, selector);
-    const uint32_t high = ptx::Permute(table.z, table.w, selector) | (signs & 0x80808080u);
-    first = ptx::Permute(low, high, 0x5140);
-    second = ptx::Permute(low, high, 0x7362);
   }
 };
 

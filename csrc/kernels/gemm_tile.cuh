@@ -6,15 +6,18 @@
 
 #include "common/limits.h"
 #include "epilogue/tile.cuh"
+#include "mainloop/activations.cuh"
 #include "schedule/items.cuh"
 
 namespace jax_w4moe {
 
-// Decoder_: of formats/, for one kind of activations.
-template <typename Decoder_, int kSubtiles_, int kMaxWidth_, int kWarpgroups_, int kStages_>
+// Decoder_: of formats/; Activations_: of mainloop/activations.cuh.
+template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,
+          int kWarpgroups_, int kStages_>
 struct GroupedGemmTile {
   using Decoder = Decoder_;
-  static constexpr int kPanels = Decoder::Activations::kPanels;
+  using Activations = Activations_;
+  static constexpr int kPanels = Activations::kPanels;
   static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
   static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
   static constexpr int kWarpgroups = kWarpgroups_;

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
-  using Activations = typename Decoder::Activations;
+  using Activations = typename Tile::Activations;
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
   constexpr bool kStaged = Epilogue::kStaged;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -165,50 +165,31 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int j = 0; j < kWidth / 2; ++j) to[j] = fmaf(partial[j], scale[j / 2 % 2], to[j]);
       };
-      if constexpr (Tile::kPanels == 1) {
-        // One K128, decoded into `now`; the next is decoded into `next` while the products run.
-        // Nothing is read from shared memory between a product's end and the next one's issue:
-        // beside WGMMA's own reads that takes long.
-        auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
-          const int used = stage;
-          advance();
+      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
+      // Nothing is read from shared memory between a product's end and the next one's issue:
+      // beside WGMMA's own reads that takes long.
+      auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
+        const int used = stage;
+        advance();
 #pragma unroll
-          for (int n = 0; n < kSubtiles; ++n) {
-            Multiply<Activations, kWidth>(partial, now, token_tile(used, n * kWidth), false);
-            if (n == 0) Decoder::LoadScale(record_at(used), thread, scale);
-            if (n == 0 && more) load_first(next);
-            if (n + 1 == kSubtiles && more) load_second(next);
-            WaitForProducts(partial);
-            if (n + 1 == kSubtiles) release(used);
-            promote(acc[n]);
-          }
-        };
-        load_first(a[0]);
-        load_second(a[0]);
-        for (int k = p.weights.k_blocks;; k -= 2) {
-          step(a[0], a[1], k > 1);
-          if (k == 1) break;
-          step(a[1], a[0], k > 2);
-          if (k == 2) break;
-        }
-      } else {
-        // One K128 is two products, of a plane each. The second plane is decoded while the first
-        // multiplies, the next record's first plane while the second does.
-        static_assert(kSubtiles == 1, "two planes of partial sums are not kept");
-        load_first(a[0]);
-        for (int k = p.weights.k_blocks; k > 0; --k) {
-          const int used = stage;
-          Multiply<Activations, kWidth>(partial, a[0], token_tile(used, 0), false);
-          load_second(a[1]);
-          Multiply<Activations, kWidth>(partial, a[1], token_tile(used, Tile::kTokens), true);
-          Decoder::LoadScale(record_at(used), thread, scale);
-          WaitForAllButOne(a[0]);
-          advance();
-          if (k > 1) load_first(a[0]);
+        for (int n = 0; n < kSubtiles; ++n) {
+          Multiply<Activations, kWidth>(partial, now, token_tile(used, n * kWidth),
+                                        Tile::kTokens * kDescriptorToken);
+          if (n == 0) Decoder::LoadScale(record_at(used), thread, scale);
+          if (n == 0 && more) load_first(next);
+          if (n + 1 == kSubtiles && more) load_second(next);
           WaitForProducts(partial);
-          release(used);
-          promote(acc[0]);
+          if (n + 1 == kSubtiles) release(used);
+          promote(acc[n]);
         }
+      };
+      load_first(a[0]);
+      load_second(a[0]);
+      for (int k = p.weights.k_blocks;; k -= 2) {
+        step(a[0], a[1], k > 1);
+        if (k == 1) break;
+        step(a[1], a[0], k > 2);
+        if (k == 2) break;
       }
       EpilogueTile tile{ptx::FreshThreadIndex() % 128,
                         item.expert,

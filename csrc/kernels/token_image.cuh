@@ -1,6 +1,6 @@
 // Writes rows as a token image. The kernel has two policies: the Source says what a row holds
-// (bf16, quantised here or kept; or E4M3), the Placement where it goes: to k rows after routing, or
-// to its own.
+// (bf16, quantised here or split in two; or E4M3), the Placement where it goes: to k rows after
+// routing, or to its own.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -60,18 +60,36 @@ struct Bf16Rows {
   }
 };
 
-// bf16, kept.
-struct KeptBf16Rows : Bf16Rows {
-  static __device__ __forceinline__ uint32_t AbsMax(const Raw&) { return 0; }
-  __device__ __forceinline__ float Finish(int64_t, uint32_t, float& scale) const {
-    scale = 1.0f;
-    return 1.0f;
+// bf16 as the sum of two FP8 numbers: E5M2 has three significant bits, E4M3 four more and the sign
+// of what the first left. With the row's largest magnitude in [2^11, 2^12) a value down to 2^-2 of
+// these units is exact; a smaller one is right to 2^-10, which is 2^-21 of the largest at most.
+struct SplitBf16Rows : Bf16Rows {
+  // A power of two; of a row that holds an infinity or NaN, NaN.
+  __device__ __forceinline__ float Finish(int64_t, uint32_t amax_bits, float& scale) const {
+    const uint32_t exponent = max(TeamMax<kImageThreads>(amax_bits), kMinAmaxBits) >> 23;
+    scale = __uint_as_float((exponent - 11) << 23);
+    return __uint_as_float(exponent == 255 ? 0x7fffffffu : (254 + 11 - exponent) << 23);
   }
-  using Value = uint4[2];
-  static __device__ __forceinline__ void Convert(const Raw& raw, float, Value& value) {
-    const uint2(&f)[4] = raw.fours;
-    value[0] = make_uint4(f[0].x, f[1].x, f[2].x, f[3].x);
-    value[1] = make_uint4(f[0].y, f[1].y, f[2].y, f[3].y);
+  using Value = uint4[2];  // what the first leaves, the first
+  static __device__ __forceinline__ void Convert(const Raw& raw, float inv_scale, Value& value) {
+    uint2 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = Split(raw.fours[i], inv_scale);
+    value[0] = make_uint4(words[0].x, words[1].x, words[2].x, words[3].x);
+    value[1] = make_uint4(words[0].y, words[1].y, words[2].y, words[3].y);
+  }
+
+ private:
+  static __device__ __forceinline__ uint2 Split(uint2 four, float inv_scale) {
+    const float values[4] = {
+        LowBf16ToFloat(four.x) * inv_scale, HighBf16ToFloat(four.x) * inv_scale,
+        LowBf16ToFloat(four.y) * inv_scale, HighBf16ToFloat(four.y) * inv_scale};
+    const uint32_t high = PackE5m2x4(values[0], values[1], values[2], values[3]);
+    float first[4];
+    UnpackE5m2x4(high, first);
+    return {PackE4m3x4(values[0] - first[0], values[1] - first[1], values[2] - first[2],
+                       values[3] - first[3]),
+            high};
   }
 };
 

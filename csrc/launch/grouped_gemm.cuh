@@ -10,11 +10,12 @@
 
 namespace jax_w4moe {
 
-// Calls f with every tile for a decoder's activations, as a pointer to its type.
-template <typename Decoder, typename F>
+// Calls f with every tile for a decoder and activations, as a pointer to its type.
+template <typename Decoder, typename Activations, typename F>
 void ForEachTile(const F& f) {
-#define JAX_W4MOE_CASE(...) f(static_cast<GroupedGemmTile<Decoder, __VA_ARGS__>*>(nullptr));
-  if constexpr (std::is_same_v<typename Decoder::Activations, Fp8Activations>) {
+#define JAX_W4MOE_CASE(...) \
+  f(static_cast<GroupedGemmTile<Decoder, Activations, __VA_ARGS__>*>(nullptr));
+  if constexpr (std::is_same_v<Activations, Fp8Activations>) {
     JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE)
   } else {
     JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
@@ -22,10 +23,10 @@ void ForEachTile(const F& f) {
 #undef JAX_W4MOE_CASE
 }
 
-template <typename Decoder, typename Epilogue>
+template <typename Decoder, typename Activations, typename Epilogue>
 cudaError_t PrepareTiles() {
   cudaError_t status = cudaSuccess;
-  ForEachTile<Decoder>([&](auto* tile) {
+  ForEachTile<Decoder, Activations>([&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (status != cudaSuccess) return;
     status = cudaFuncSetAttribute(GroupedGemm<Tile, Epilogue>,
@@ -34,10 +35,10 @@ cudaError_t PrepareTiles() {
   return status;
 }
 
-template <typename Decoder, typename Epilogue>
+template <typename Decoder, typename Activations, typename Epilogue>
 void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epilogue& epilogue,
                 int num_sms, cudaStream_t stream) {
-  ForEachTile<Decoder>([&](auto* tile) {
+  ForEachTile<Decoder, Activations>([&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (tile_tokens != Tile::kTokens) return;
     LaunchDependent(GroupedGemm<Tile, Epilogue>, num_sms, Tile::kThreads, Tile::kSharedBytes,
@@ -45,9 +46,9 @@ void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epil
   });
 }
 
-#define JAX_W4MOE_COMPILE(Decoder, Epilogue)                                                      \
-  template cudaError_t PrepareTiles<Decoder, Epilogue>();                                         \
-  template void LaunchTile<Decoder, Epilogue>(int64_t, const GroupedGemmParams&, const Epilogue&, \
-                                              int, cudaStream_t);
+#define JAX_W4MOE_COMPILE(Decoder, Activations, Epilogue)                                     \
+  template cudaError_t PrepareTiles<Decoder, Activations, Epilogue>();                        \
+  template void LaunchTile<Decoder, Activations, Epilogue>(int64_t, const GroupedGemmParams&, \
+                                                           const Epilogue&, int, cudaStream_t);
 
 }  // namespace jax_w4moe

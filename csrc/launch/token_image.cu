@@ -13,9 +13,9 @@ void WithSource(const Rows& rows, const Placement& placement, const TokenImage& 
   if (rows.x_scale) {
     const Fp8Rows source{static_cast<const uint8_t*>(rows.x), rows.x_scale, rows.width};
     launch(WriteTokenImage<Fp8Rows, Placement>, source, placement, image);
-  } else if (rows.keeps_bf16) {
-    const KeptBf16Rows source{{static_cast<const __nv_bfloat16*>(rows.x), rows.width}};
-    launch(WriteTokenImage<KeptBf16Rows, Placement>, source, placement, image);
+  } else if (rows.splits_bf16) {
+    const SplitBf16Rows source{{static_cast<const __nv_bfloat16*>(rows.x), rows.width}};
+    launch(WriteTokenImage<SplitBf16Rows, Placement>, source, placement, image);
   } else {
     const Bf16Rows source{static_cast<const __nv_bfloat16*>(rows.x), rows.width};
     launch(WriteTokenImage<Bf16Rows, Placement>, source, placement, image);
@@ -62,9 +62,9 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
   });
 }
 
-void LaunchRequantize(const __nv_bfloat16* h, int width, bool keeps_bf16, int num_rows,
+void LaunchRequantize(const __nv_bfloat16* h, int width, bool splits_bf16, int num_rows,
                       const int* row_phase, const TokenImage& image, cudaStream_t stream) {
-  WithSource(Rows{h, nullptr, width, keeps_bf16}, PlaceInPlace{row_phase}, image,
+  WithSource(Rows{h, nullptr, width, splits_bf16}, PlaceInPlace{row_phase}, image,
              [&](auto kernel, auto... args) {
                LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
              });

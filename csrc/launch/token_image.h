@@ -16,7 +16,7 @@ struct Rows {
   const void* x;         // bf16[rows, width], or e4m3 with x_scale
   const float* x_scale;  // f32[rows], or null for bf16
   int width;
-  bool keeps_bf16;  // the image is of bf16, as x is
+  bool splits_bf16;  // the image is for Bf16Activations
 };
 
 // Routing as it is asked for, and where its outcome goes.
@@ -55,7 +55,7 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& groups, const Tok
                  cudaStream_t stream);
 
 // bf16 rows whose phases are known.
-void LaunchRequantize(const __nv_bfloat16* h, int width, bool keeps_bf16, int num_rows,
+void LaunchRequantize(const __nv_bfloat16* h, int width, bool splits_bf16, int num_rows,
                       const int* row_phase, const TokenImage& image, cudaStream_t stream);
 
 }  // namespace jax_w4moe

@@ -1,4 +1,5 @@
-// One step of a warpgroup: four WGMMAs of 32 bytes of K each, A in registers, B in shared memory.
+// One step of a warpgroup: four WGMMAs of 32 of K for each panel of the tokens, A in registers, B
+// in shared memory.
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N that are no power of two
@@ -9,17 +10,16 @@
 
 namespace jax_w4moe {
 
-template <typename Activations, int N>
+template <bool kIsE5m2, int N>
 struct WgmmaAtom;
-#define JAX_W4MOE_WGMMA_ATOM(N)                                                                \
-  template <>                                                                                  \
-  struct WgmmaAtom<Fp8Activations, N> {                                                        \
-    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>;                        \
-  };                                                                                           \
-  template <>                                                                                  \
-  struct WgmmaAtom<Bf16Activations, N> {                                                       \
-    using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,  \
-                                                                  cute::SM90::GMMA::Major::K>; \
+#define JAX_W4MOE_WGMMA_ATOM(N)                                         \
+  template <>                                                           \
+  struct WgmmaAtom<false, N> {                                          \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>; \
+  };                                                                    \
+  template <>                                                           \
+  struct WgmmaAtom<true, N> {                                           \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E5M2_RS_TN<>; \
   };
 JAX_W4MOE_WGMMA_ATOM(8)
 JAX_W4MOE_WGMMA_ATOM(16)
@@ -48,36 +48,36 @@ __device__ __forceinline__ uint64_t TokenDescriptor(uint32_t shared) {
   return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | kStride | kSwizzle128;
 }
 
-template <typename Activations, int N, size_t... kI>
+template <bool kIsE5m2, int N, size_t... kI>
 __device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate, std::index_sequence<kI...>) {
-  WgmmaAtom<Activations, N>::Type::fma(
+  WgmmaAtom<kIsE5m2, N>::Type::fma(
       a[0], a[1], a[2], a[3], b, d[kI]...,
       accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-// Issues and commits the product of four fragments with one panel of a token tile, given by its
-// descriptor. `partial` is overwritten, or added to, and may be read after WaitForProducts.
-template <typename Activations, int N>
-__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                         uint64_t tokens, bool accumulate) {
-  cute::warpgroup_arrive();
+template <typename Activations, int N, int kPanel = 0>
+__device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                               uint64_t tokens, uint64_t panel_stride) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    Wgmma<Activations, N>(partial, a[j], tokens + 2 * j, accumulate || j > 0,
-                          std::make_index_sequence<N / 2>{});
+    Wgmma<Activations::kIsE5m2[kPanel], N>(partial, a[j], tokens + 2 * j, kPanel + j > 0,
+                                           std::make_index_sequence<N / 2>{});
   }
-  cute::warpgroup_commit_batch();
+  if constexpr (kPanel + 1 < Activations::kPanels) {
+    MultiplyPanels<Activations, N, kPanel + 1>(partial, a, tokens + panel_stride, panel_stride);
+  }
 }
 
-// Waits for all products but the last; from here on the compiler may write what they read.
-__device__ __forceinline__ void WaitForAllButOne(uint32_t (&a)[4][4]) {
-  cute::warpgroup_wait<1>();
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(a[j][i]);
-  }
+// Issues and commits the product of a record's four fragments with a token tile, given by its
+// descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and may
+// be read after WaitForProducts.
+template <typename Activations, int N>
+__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                         uint64_t tokens, uint64_t panel_stride) {
+  cute::warpgroup_arrive();
+  MultiplyPanels<Activations, N>(partial, a, tokens, panel_stride);
+  cute::warpgroup_commit_batch();
 }
 
 // Waits for all products; from here on the compiler may read `partial`.

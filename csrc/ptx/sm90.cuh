@@ -113,13 +113,6 @@ __device__ __forceinline__ float Reciprocal(float x) {
   return result;
 }
 
-// a & b | c, which the compiler makes two instructions of if b and c are constants.
-__device__ __forceinline__ uint32_t AndOr(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
 // prmt.b32 without the selector mask that __byte_perm inserts.
 __device__ __forceinline__ uint32_t Permute(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;

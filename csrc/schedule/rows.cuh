@@ -22,14 +22,13 @@ struct TokenImage {
 
 #ifdef __CUDACC__
   // Chunk 8 b + part of a row is instruction part / 2, half part % 2 of K-block b, that is
-  // k = 128 b + 32 t + 4 part + i for t, i = 0..3: 16 bytes of E4M3.
+  // k = 128 b + 32 t + 4 part + i for t, i = 0..3: 16 bytes for each panel.
   __device__ __forceinline__ void Write(Place place, int chunk, uint4 value) const {
     WriteUnit(place, chunk / 8, chunk % 8, value);
   }
-  // Of bf16 an instruction by itself: i = 0 and 1 of every t, then i = 2 and 3.
   __device__ __forceinline__ void Write(Place place, int chunk, const uint4 (&values)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) WriteUnit(place, chunk / 4, chunk % 4 * 2 + i, values[i]);
+    for (int i = 0; i < 2; ++i) WriteUnit(place, chunk / 8 * 2 + i, chunk % 8, values[i]);
   }
 
  private:
