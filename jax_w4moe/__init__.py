@@ -7,7 +7,7 @@ from jax_w4moe import _ffi, reference
 from jax_w4moe._ffi import build_info, is_available, why_unavailable
 from jax_w4moe.activations import SiTU, SwiGLU
 from jax_w4moe.explain import explain, workspace_bytes
-from jax_w4moe.formats import INT4_G128, MXFP4, WeightFormat
+from jax_w4moe.formats import INT4_G32, INT4_G128, MXFP4, WeightFormat
 from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
 from jax_w4moe.packing import (
     dequantize_experts,
@@ -17,7 +17,7 @@ from jax_w4moe.packing import (
     unpack,
     unpack_experts,
 )
-from jax_w4moe.quantization import PerToken
+from jax_w4moe.quantization import PerToken, Static
 from jax_w4moe.replicas import Replicas, plan_replicas, replicate_experts
 from jax_w4moe.routing import topk_routing
 from jax_w4moe.sharding import expert_specs, shard_experts
@@ -26,12 +26,14 @@ from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, Quantize
 
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
+    "INT4_G32",
     "INT4_G128",
     "MXFP4",
     "ExpertWeights",
     "PackedExperts",
     "PackedTensor",
     "PerToken",
+    "Static",
     "Problem",
     "QuantizedTensor",
     "Replicas",

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jax_w4moe.activations import Activation
 from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
-from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, RECORD_BYTES, record_grid
-from jax_w4moe.quantization import PerToken
+from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, record_bytes, record_grid
+from jax_w4moe.quantization import ScaleRule
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
 
 MAX_TOP_K = 32
@@ -189,7 +189,7 @@ def packed(name: str, tensor: PackedTensor) -> None:
     _shape(
         f"{name}.data",
         tensor.data,
-        (num_experts, *record_grid(rows, columns, halves), RECORD_BYTES),
+        (num_experts, *record_grid(rows, columns, halves), record_bytes(tensor.format.scale_words)),
         f"E={num_experts}, N={rows}, K={columns} as packed; name expert_axis or tensor_axis for"
         " weights that are spread over devices",
     )
@@ -206,8 +206,9 @@ def packed_shards(experts: PackedExperts) -> None:
         _array(f"experts.{name}.data", tensor.data, 4, "u8[E, row_blocks, K_blocks, record]")
     held, blocks = experts.w13.data.shape[0], experts.w2.data.shape[2]
     hidden_blocks = record_grid(experts.hidden_size, experts.hidden_size)
-    w13 = (held, 2 * blocks * BLOCK_K // BLOCK_ROWS, hidden_blocks[1], RECORD_BYTES)
-    w2 = (held, hidden_blocks[0], blocks, RECORD_BYTES)
+    nbytes = record_bytes(experts.format.scale_words)
+    w13 = (held, 2 * blocks * BLOCK_K // BLOCK_ROWS, hidden_blocks[1], nbytes)
+    w2 = (held, hidden_blocks[0], blocks, nbytes)
     why = f"{held} experts and {blocks} blocks of I; spread both projections alike"
     _shape("experts.w13.data", experts.w13.data, w13, why)
     _shape("experts.w2.data", experts.w2.data, w2, why)
@@ -351,8 +352,10 @@ def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
         )
     if jnp.dtype(act_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
         raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use jnp.float8_e4m3fn or jnp.bfloat16.")
-    if not isinstance(act_scale, PerToken):
-        raise NotImplementedError(f"act_scale={act_scale!r}: only PerToken() exists.")
+    if not isinstance(act_scale, ScaleRule):
+        raise NotImplementedError(
+            f"act_scale={act_scale!r}: only PerToken(...) and Static(...) exist."
+        )
 
 
 def layer_sizes(

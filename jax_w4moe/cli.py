@@ -77,7 +77,9 @@ def bench(
     backend: Annotated[
         list[str] | None, typer.Option(help="Time ragged_dot or tokamax, too.")
     ] = None,
-    format: Annotated[str, typer.Option(help="Of the weights: mxfp4 or int4_g128.")] = "mxfp4",
+    format: Annotated[
+        str, typer.Option(help="Of the weights: mxfp4, int4_g128 or int4_g32.")
+    ] = "mxfp4",
     act_dtype: Annotated[
         str, typer.Option(help="Of the activations: float8_e4m3fn or bfloat16.")
     ] = "float8_e4m3fn",

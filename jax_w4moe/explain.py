@@ -10,7 +10,7 @@ from jax_w4moe import checks, roofline, tuning
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.ops import fused_moe as op
-from jax_w4moe.quantization import PerToken
+from jax_w4moe.quantization import PerToken, ScaleRule
 from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -49,7 +49,7 @@ def explain(
     *,
     activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = _PER_TOKEN,
+    act_scale: ScaleRule = _PER_TOKEN,
     implementation: str | None = None,
     tactic: Tactic | None = None,
 ) -> str:
@@ -98,7 +98,7 @@ def explain(
             "implementation",
             _implementation(
                 implementation,
-                implementations.unsupported(x.dtype, act_dtype, act_scale, activation),
+                implementations.unsupported(x.dtype, act_dtype),
             ),
         ),
         (

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jax_w4moe import _ffi, varying
-from jax_w4moe.activations import Activation, SwiGLU
-from jax_w4moe.quantization import PerToken
 
 Choice = Literal["xla", "cuda_sm90", "both"]
 
@@ -61,17 +59,10 @@ def choose(
     return "both"
 
 
-def unsupported(
-    x_dtype: Any, act_dtype: Any, act_scale: PerToken, activation: Activation
-) -> str | None:
+def unsupported(x_dtype: Any, act_dtype: Any) -> str | None:
     """What of a call has no kernel, in words; None if all has."""
-    if jnp.dtype(act_dtype) == jnp.bfloat16:
-        if jnp.dtype(x_dtype) != jnp.bfloat16:
-            return f"act_dtype=bfloat16 for x of {jnp.dtype(x_dtype)}"
-    elif act_scale.pow2:
-        return f"act_scale={act_scale}"
-    if not isinstance(activation, SwiGLU):
-        return f"activation={activation}"
+    if jnp.dtype(act_dtype) == jnp.bfloat16 and jnp.dtype(x_dtype) != jnp.bfloat16:
+        return f"act_dtype=bfloat16 for x of {jnp.dtype(x_dtype)}"
     return None
 
 

@@ -15,7 +15,14 @@ from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
 from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
-from jax_w4moe.quantization import PerToken, fold_scales, quantize_per_token, round_to_bf16
+from jax_w4moe.quantization import (
+    PerToken,
+    ScaleRule,
+    fold_scales,
+    quantize,
+    quantize_per_token,
+    round_to_bf16,
+)
 from jax_w4moe.sharding import Tokens
 from jax_w4moe.transforms import transformable
 from jax_w4moe.tuning import Problem, Tactic
@@ -34,7 +41,7 @@ def fused_moe(
     *,
     activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = _PER_TOKEN,
+    act_scale: ScaleRule = _PER_TOKEN,
     x_scale: Array | float | None = None,
     expert_axis: str | None = None,
     tensor_axis: str | None = None,
@@ -134,7 +141,7 @@ def expert_mlp(
     *,
     activation: Activation = _SWIGLU,
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = _PER_TOKEN,
+    act_scale: ScaleRule = _PER_TOKEN,
     x_scale: Array | float | None = None,
     implementation: str | None = None,
     tactic: Tactic | None = None,
@@ -176,7 +183,7 @@ def grouped_matmul(
     group_sizes: Array,
     *,
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = _PER_TOKEN,
+    act_scale: ScaleRule = _PER_TOKEN,
     x_scale: Array | float | None = None,
     preferred_element_type: Any = None,
     implementation: str | None = None,
@@ -244,7 +251,7 @@ class _How(NamedTuple):
     choice: implementations.Choice
     activation: Activation
     act_dtype: jnp.dtype
-    act_scale: PerToken
+    act_scale: ScaleRule
 
 
 def _how(
@@ -253,10 +260,10 @@ def _how(
     x: Array,
     activation: Activation,
     act_dtype: Any,
-    act_scale: PerToken,
+    act_scale: ScaleRule,
 ) -> _How:
     """Chooses the implementation."""
-    unsupported = implementations.unsupported(x.dtype, act_dtype, act_scale, activation)
+    unsupported = implementations.unsupported(x.dtype, act_dtype)
     choice = implementations.choose(op, implementation, unsupported)
     return _How(choice, activation, jnp.dtype(act_dtype), act_scale)
 
@@ -349,9 +356,8 @@ def _fused_moe(
         x, x_scale, ids, weights = tokens
         problem = Problem.of_layer("fused_moe", experts, ids.size, how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        assert isinstance(how.activation, SwiGLU)  # others have been refused
         return fused_moe_cuda(
-            x, x_scale, experts, ids, weights, how.act_dtype, how.activation, chosen
+            x, x_scale, experts, ids, weights, how.act_dtype, how.act_scale, how.activation, chosen
         )
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
@@ -413,7 +419,7 @@ def _spread_run(
 ) -> Callable[[Tokens, PackedExperts], Array]:
     """What a device does of the layer, exchange included."""
     is_fp8 = how.act_dtype == jnp.float8_e4m3fn
-    quantize = functools.partial(quantize_per_token, rule=how.act_scale)
+    quantized = functools.partial(quantize, rule=how.act_scale)
     layer = _fused_moe(how, tactic)
     # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
     # the slices' own scales differ from one device's by more than that.
@@ -428,7 +434,8 @@ def _spread_run(
         part = sharding.local_part(experts, placement)
         topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
         if placement.gathered_axes and tokens.x_scale is None and is_fp8:
-            x, x_scale = implementations.run(how.choice, quantize_fp8_cuda, quantize, tokens.x)
+            kernel = quantize_fp8_cuda if how.act_scale == _PER_TOKEN else quantized
+            x, x_scale = implementations.run(how.choice, kernel, quantized, tokens.x)
             tokens = tokens._replace(x=x, x_scale=x_scale)
 
         def local(tokens: Tokens) -> Tokens:
@@ -477,8 +484,9 @@ def _expert_mlp(
         num_rows = math.prod(tokens.rows.shape[:-1])
         problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        assert isinstance(how.activation, SwiGLU)  # others have been refused
-        return expert_mlp_cuda(*tokens, *fixed, how.act_dtype, how.activation, chosen)
+        return expert_mlp_cuda(
+            *tokens, *fixed, how.act_dtype, how.act_scale, how.activation, chosen
+        )
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         return implementations.run(how.choice, cuda, xla, tokens, fixed)
@@ -514,7 +522,7 @@ def _grouped_matmul(
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], how.act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return grouped_matmul_cuda(*tokens, *fixed, how.act_dtype, out_dtype, chosen)
+        return grouped_matmul_cuda(*tokens, *fixed, how.act_dtype, how.act_scale, out_dtype, chosen)
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         return implementations.run(how.choice, cuda, xla, tokens, fixed)

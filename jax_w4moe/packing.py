@@ -210,7 +210,7 @@ def _pack(q: QuantizedTensor, row_order: RowOrder) -> tuple[Array, Array]:
     else:
         pad_rows = padded_rows(nibbles.shape[1]) - nibbles.shape[1]
         nibbles, scales = _pad(nibbles, 1, pad_rows), _pad(scales, 1, pad_rows)
-    words, inexact = q.format.scale_words(nibbles, scales)
+    words, inexact = q.format.words_from_scales(nibbles, scales)
     records = record_from_codes(nibbles, words, q.format.k_order, q.format.word_bytes)
     return records, jnp.sum(inexact, axis=(1, 2))
 
@@ -262,7 +262,7 @@ def _require_exact(name: str, q: QuantizedTensor, inexact_groups: Array, first_e
     codes = jnp.asarray(q.codes[expert])
     scales = q.format.canonical_scales(jnp.asarray(q.scales[expert]))
     pad_k = -(scales.shape[-1] * q.format.group_size) % BLOCK_K
-    _, inexact = q.format.scale_words(
+    _, inexact = q.format.words_from_scales(
         jnp.pad(_nibbles(codes), ((0, 0), (0, pad_k))),
         jnp.pad(scales, ((0, 0), (0, pad_k // q.format.group_size))),
     )

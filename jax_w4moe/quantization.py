@@ -1,6 +1,7 @@
 """FP8 activation quantisation in jax.numpy: the rule that the CUDA op repeats bit for bit."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,58 @@ class PerToken:
     """
 
     pow2: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """One scale for all tokens before each projection, as W4AFP8 checkpoints store them.
+
+    Attributes:
+      x_scale: of what w13 multiplies; for ``grouped_matmul`` the only one.
+      h_scale: of what w2 multiplies.
+
+    Raises:
+      ValueError: a scale that is not in 2**-100 to 2**100.
+    """
+
+    x_scale: float
+    h_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, scale in (("x_scale", self.x_scale), ("h_scale", self.h_scale)):
+            if not SMALLEST_AMAX <= scale <= 1 / SMALLEST_AMAX:
+                raise ValueError(
+                    f"Static: {name}={scale} is not in 2**-100 to 2**100; pass the positive"
+                    " input_scale of the checkpoint."
+                )
+
+
+ScaleRule = PerToken | Static
+"""How bf16 activations get their FP8 scales."""
+
+
+def quantize(
+    x: Float[Array, "*rows H"], rule: ScaleRule, before: Literal["w13", "w2"] = "w13"
+) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
+    """Quantises rows to E4M3, saturating, by a rule.
+
+    With a scale s of :class:`Static` that is ``e4m3(x * f32(1/s))``; an infinity saturates like
+    any large value.
+
+    Args:
+      x: rows to quantise, bf16 or f32 that holds bf16 values.
+      rule: the rule.
+      before: which projection multiplies them.
+
+    Returns:
+      (x_fp8, x_scale).
+    """
+    if isinstance(rule, PerToken):
+        return quantize_per_token(x, rule)
+    scale = np.float32(rule.x_scale if before == "w13" else rule.h_scale)
+    scaled = x.astype(jnp.float32) * (np.float32(1) / scale)
+    x_fp8 = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return x_fp8, jnp.full((*x.shape[:-1], 1), scale)
 
 
 def quantize_per_token(

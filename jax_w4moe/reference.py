@@ -25,7 +25,7 @@ from jax_w4moe import varying
 from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.packing import canonical_rows, dequantize_expert, pack_experts
-from jax_w4moe.quantization import PerToken, quantize_per_token, round_to_bf16
+from jax_w4moe.quantization import PerToken, ScaleRule, quantize, round_to_bf16
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 Mode = Literal["exact", "mirrored"]
@@ -45,7 +45,7 @@ def fused_moe(
     x_scale: Array | None = None,
     activation: Activation = SwiGLU(),  # noqa: B008 - frozen
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
+    act_scale: ScaleRule = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
     slot_dtype: Any = jnp.bfloat16,
 ) -> Array:
@@ -122,7 +122,7 @@ def expert_mlp(
     x_scale: Array | None = None,
     activation: Activation = SwiGLU(),  # noqa: B008 - frozen
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
+    act_scale: ScaleRule = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
 ) -> Array:
     """The experts without routing and combine; as :func:`jax_w4moe.expert_mlp`.
@@ -187,7 +187,7 @@ def grouped_matmul(
     *,
     x_scale: Array | None = None,
     act_dtype: Any = jnp.float8_e4m3fn,
-    act_scale: PerToken = PerToken(),  # noqa: B008 - frozen
+    act_scale: ScaleRule = PerToken(),  # noqa: B008 - frozen
     mode: Mode = "exact",
 ) -> Float32[Array, "M N"]:
     """Row groups times their expert's matrix, in f32; as :func:`jax_w4moe.grouped_matmul`."""
@@ -221,7 +221,7 @@ class _Rounding(NamedTuple):
     """Which of the rounding points there are, and to what; static."""
 
     act_dtype: Any
-    act_scale: PerToken
+    act_scale: ScaleRule
     mode: Mode
     slot_dtype: Any = jnp.bfloat16
 
@@ -292,7 +292,7 @@ def _activations(
 ) -> tuple[Float[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """R1: the activations as GEMM1 sees them, and their scale per row."""
     if rounding.is_fp8 and x_scale is None:
-        return quantize_per_token(x, rounding.act_scale)
+        return quantize(x, rounding.act_scale)
     scale = jnp.float32(1) if x_scale is None else x_scale
     if scale.ndim == 0:
         scale = jnp.full((*x.shape[:-1], 1), scale)
@@ -322,7 +322,7 @@ def _mlp(
     h = round_to_bf16(h)  # R3
     h_scale = jnp.ones_like(x_scale)
     if rounding.is_fp8:
-        h, h_scale = quantize_per_token(h, rounding.act_scale)  # R4
+        h, h_scale = quantize(h, rounding.act_scale, "w2")  # R4
     return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(rounding.slot_dtype)  # R5
 
 

@@ -72,7 +72,7 @@ class PackedTensor:
     """One projection of all experts as records in the kernels' order (``docs/layout.md``).
 
     Attributes:
-      data: u8[E, row_blocks, K_blocks, 4352]. May hold a shard of the experts or of the blocks.
+      data: u8[E, row_blocks, K_blocks, record bytes]. May hold a shard of the experts or blocks.
       inexact_groups: i32[E], how many scale groups could not be packed exactly (eager packing
         raises instead).
       format: the weight format.

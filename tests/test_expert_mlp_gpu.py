@@ -116,8 +116,14 @@ def test_handler_checks_again(rng: np.random.Generator, experts: w4.PackedExpert
             or_nothing(None),
             *operands(experts),
             sizes,
-            **attributes(experts, jnp.float8_e4m3fn, w4.SwiGLU(), w4.Tactic(tiles.TILE_TOKENS[0])),
-            rows_per_expert=rows_per_expert,
+            **attributes(
+                experts,
+                jnp.float8_e4m3fn,
+                w4.PerToken(),
+                w4.SwiGLU(),
+                w4.Tactic(tiles.TILE_TOKENS[0]),
+                rows_per_expert,
+            ),
         )
         jax.block_until_ready(out)
 

@@ -326,17 +326,10 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
             jax.ShapeDtypeStruct((nbytes,), jnp.uint8),
         ]
         empty = jnp.zeros(0, jnp.float32)
-        attributes = {
-            "format": "mxfp4",
-            "is_bf16": False,
-            "alpha": 1.0,
-            "beta": 0.0,
-            "limit": float("inf"),
-            "tile_tokens": tiles.TILE_TOKENS[0],
-            **changes,
-        }
+        tactic = w4.Tactic(tiles.TILE_TOKENS[0])
+        told = attributes(experts, jnp.float8_e4m3fn, w4.PerToken(), w4.SwiGLU(), tactic)
         operands = (experts.w13.data, empty, experts.w2.data, empty, ids, weights)
-        out = _ffi.call("fused_moe", types, x, empty, *operands, **attributes)
+        out = _ffi.call("fused_moe", types, x, empty, *operands, **{**told, **changes})
         jax.block_until_ready(out)
 
     call(needed)
@@ -346,3 +339,5 @@ def test_workspace_is_sized_alike_on_both_sides(num_tokens: int) -> None:
         call(needed, tile_tokens=24)
     with pytest.raises(jax.errors.JaxRuntimeError, match='weights of format "int5" have no kernel'):
         call(needed, format="int5")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="activation 2 has no kernel"):
+        call(needed, activation=2)

@@ -11,6 +11,7 @@ import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.ops import grouped_matmul as op
 from jax_w4moe.ops import tiles
+from jax_w4moe.ops.experts import scale_attributes
 from jax_w4moe.types import RowOrder
 from tests.helpers import data
 from tests.helpers.compare import as_float64, assert_bitwise, relative_rms
@@ -186,6 +187,7 @@ def test_handler_checks_again(rng: np.random.Generator) -> None:
             format="mxfp4",
             is_bf16=False,
             gate_up=False,
+            **scale_attributes(w4.PerToken()),
             tile_tokens=tile,
         )
         jax.block_until_ready(out)

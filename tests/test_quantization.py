@@ -114,6 +114,23 @@ def test_scales_that_are_powers_of_two() -> None:
     assert np.isinf(scale[1, 0]) and float(values[1, 0]) == 0
 
 
+def test_static_scales(rng: np.random.Generator) -> None:
+    """One for each projection; a value beyond 448 of it saturates."""
+    x = np.array(data.tokens(rng, 5, 64))
+    x[0, 0], x[1, 1] = np.inf, np.nan
+    rule = w4.Static(0.005, 3.0)
+    for before, scale in (("w13", 0.005), ("w2", 3.0)):
+        x_fp8, x_scale = quantization.quantize(jnp.asarray(x), rule, before)
+        assert_bitwise(x_scale, np.full((5, 1), scale, np.float32))
+        scaled = x.astype(np.float32) * (np.float32(1) / np.float32(scale))
+        expected = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        assert_bitwise(np.isnan(x_fp8), np.isnan(expected.astype(np.float32)))
+        assert_bitwise(np.nan_to_num(x_fp8), np.nan_to_num(expected))
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="Static: h_scale=.* is not in .* pass the positive"):
+            w4.Static(1.0, bad)
+
+
 def test_scales_of_128_values_are_folded(rng: np.random.Generator) -> None:
     """Exactly, where they are powers of two; a group of scale zero is zero."""
     x = np.asarray(rng.standard_normal((6, 320)), ml_dtypes.float8_e4m3fn)

@@ -78,12 +78,13 @@ def test_random_cases_against_the_oracle(seed: int) -> None:
         assert relative_rms(actual, expected) <= bound, (mode, kind)
 
 
+@pytest.mark.parametrize("format", [w4.INT4_G128, w4.INT4_G32], ids=lambda f: f.name)
 @pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=["fp8", "bf16"])
 def test_other_formats_activations_and_scale_rules(
-    rng: np.random.Generator, act_dtype: jnp.dtype
+    rng: np.random.Generator, act_dtype: jnp.dtype, format: w4.WeightFormat
 ) -> None:
-    """INT4 with SiTU, and scales that are powers of two."""
-    weights = data.expert_weights(rng, 4, 256, 128, bias=True, format=w4.INT4_G128)
+    """INT4 with SiTU, and scales that are powers of two, or one for all tokens."""
+    weights = data.expert_weights(rng, 4, 256, 128, bias=True, format=format)
     x, (ids, topk_weights) = data.tokens(rng, 65, 256), data.routing(rng, "random", 65, 4, 2)
     w13, w2 = (
         oracle.dequantize_int4(np.asarray(q.codes), np.asarray(q.scales))
@@ -98,12 +99,13 @@ def test_other_formats_activations_and_scale_rules(
     run = functools.partial(w4.fused_moe, x, experts, ids, topk_weights, activation=activation)
     exact = reference.fused_moe(x, experts, ids, topk_weights, activation=activation)
     assert relative_rms(exact, expected) <= EXACT_RMS
-    one, pow2 = (
-        run(act_dtype=act_dtype, act_scale=w4.PerToken(pow2=pow2)) for pow2 in (False, True)
-    )
+    rules = (w4.PerToken(), w4.PerToken(pow2=True), w4.Static(0.01, 0.05))
+    results = [run(act_dtype=act_dtype, act_scale=rule) for rule in rules]
     bound = MIRRORED_RMS if act_dtype == jnp.float8_e4m3fn else 5e-3
-    assert relative_rms(one, expected) <= bound and relative_rms(pow2, expected) <= bound
-    assert bool((one != pow2).any()) == (act_dtype == jnp.float8_e4m3fn)
+    for result in results:
+        assert relative_rms(result, expected) <= bound
+    for other in results[1:]:
+        assert bool((results[0] != other).any()) == (act_dtype == jnp.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("mode", ["exact", "mirrored"])

@@ -3,10 +3,10 @@
 
 namespace jax_w4moe {
 
-// A packed record, of every format: 64 rows x 128 of K (docs/layout.md).
+// A packed record: 64 rows x 128 of K; after the codes come a format's scales (docs/layout.md).
 inline constexpr int kRecordRows = 64;
 inline constexpr int kRecordK = 128;
-inline constexpr int kRecordBytes = 4096 + 256;
+inline constexpr int kCodeBytes = kRecordRows * kRecordK / 2;
 
 inline constexpr int kMinTileTokens = 64;  // of the grouped GEMM's tiles, at most
 

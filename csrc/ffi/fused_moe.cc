@@ -3,8 +3,6 @@
 // -> y bf16[T, H], workspace u8[bytes].
 #include "launch/fused_moe.h"
 
-#include <string_view>
-
 #include "common/limits.h"
 #include "common/version.h"
 #include "ffi/checks.h"
@@ -21,21 +19,15 @@ constexpr char kName[] = "fused_moe";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(std::string_view format, bool is_bf16, float, float, float, int64_t) {
-  JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
-  Operands operands{};
-  JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &operands));
-  return FromCuda(PrepareExperts(operands), kName, "raising the shared-memory limit");
-}
+ffi::Error Initialize(const LayerAttributes& attributes) { return PrepareLayer(kName, attributes); }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer w13, ffi::AnyBuffer w13_bias, ffi::AnyBuffer w2,
                    ffi::AnyBuffer w2_bias, ffi::AnyBuffer topk_ids, ffi::AnyBuffer topk_weights,
                    ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace,
-                   std::string_view format, bool is_bf16, float alpha, float beta, float limit,
-                   int64_t tile_tokens) {
+                   const LayerAttributes& attributes) {
   calls.fetch_add(1, std::memory_order_relaxed);
-  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "x", x, x_scale, is_bf16));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "x", x, x_scale, attributes.is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "topk_ids", topk_ids, ffi::S32, 2));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "topk_weights", topk_weights, ffi::F32, 2));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "y", *y, ffi::BF16, 2));
@@ -49,11 +41,8 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
     return InvalidArgument(kName, ": k=", p.top_k, " is out of range (1 to ", kMaxTopK,
                            "); use fewer");
   }
-  JAX_W4MOE_RETURN_IF_ERROR(ReadExperts(kName, format, is_bf16, w13, w13_bias, w2, w2_bias, hidden,
-                                        tile_tokens, &p.experts));
-  p.experts.alpha = alpha;
-  p.experts.beta = beta;
-  p.experts.limit = limit;
+  JAX_W4MOE_RETURN_IF_ERROR(
+      ReadExperts(kName, attributes, w13, w13_bias, w2, w2_bias, hidden, &p.experts));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "topk_ids", topk_ids, {p.num_tokens, p.top_k}));
   JAX_W4MOE_RETURN_IF_ERROR(
       CheckShape(kName, "topk_weights", topk_weights, {p.num_tokens, p.top_k}));
@@ -71,13 +60,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
-                       ffi::Ffi::BindInitialize()
-                           .Attr<std::string_view>("format")
-                           .Attr<bool>("is_bf16")
-                           .Attr<float>("alpha")
-                           .Attr<float>("beta")
-                           .Attr<float>("limit")
-                           .Attr<int64_t>("tile_tokens"));
+                       ffi::Ffi::BindInitialize().Attrs<LayerAttributes>());
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()
@@ -92,12 +75,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
-                           .Attr<std::string_view>("format")
-                           .Attr<bool>("is_bf16")
-                           .Attr<float>("alpha")
-                           .Attr<float>("beta")
-                           .Attr<float>("limit")
-                           .Attr<int64_t>("tile_tokens"),
+                           .Attrs<LayerAttributes>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -1,5 +1,5 @@
 // XLA handlers of grouped_matmul: lhs bf16[M, K] and x_scale f32[0], or lhs f8e4m3fn[M, K] and
-// x_scale f32[M, 1]; records u8[E, R, C, 4352], group_sizes s32[E]
+// x_scale f32[M, 1]; records u8[E, R, C, record bytes], group_sizes s32[E]
 // -> out bf16|f32[M, N], workspace u8[bytes].
 #include "launch/grouped_matmul.h"
 
@@ -10,6 +10,7 @@
 #include "ffi/checks.h"
 #include "ffi/error.h"
 #include "ffi/ops.h"
+#include "launch/prepare.h"
 
 namespace jax_w4moe {
 namespace {
@@ -20,17 +21,18 @@ constexpr char kName[] = "grouped_matmul";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(std::string_view format, bool is_bf16, bool, int64_t) {
+ffi::Error Initialize(std::string_view format, bool is_bf16, bool, float, bool, int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
   Operands operands{};
   JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &operands));
-  return FromCuda(PrepareGroupedMatmul(operands), kName, "raising the shared-memory limit");
+  return FromCuda(PrepareGroupedGemm(operands), kName, "raising the shared-memory limit");
 }
 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer records, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   std::string_view format, bool is_bf16, bool gate_up, int64_t tile_tokens) {
+                   std::string_view format, bool is_bf16, bool pow2_scales, float fixed_scale,
+                   bool gate_up, int64_t tile_tokens) {
   calls.fetch_add(1, std::memory_order_relaxed);
   JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale, is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
@@ -49,9 +51,11 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   p.num_columns = out->dimensions()[1];
   p.tile_tokens = tile_tokens;
   p.gate_up = gate_up;
+  p.x_rule = {fixed_scale, pow2_scales};
   p.out_is_f32 = out_is_f32;
-  JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "records", records,
-                                       {p.num_experts, p.row_blocks, p.k_blocks, kRecordBytes}));
+  JAX_W4MOE_RETURN_IF_ERROR(
+      CheckShape(kName, "records", records,
+                 {p.num_experts, p.row_blocks, p.k_blocks, p.operands.RecordBytes()}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "group_sizes", group_sizes, {p.num_experts}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(kName, "out", *out, {p.num_rows, p.num_columns}));
   if (p.num_experts < 1 || p.num_experts > kMaxExperts || p.num_rows > kMaxGroupedRows) {
@@ -85,6 +89,8 @@ XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
                        ffi::Ffi::BindInitialize()
                            .Attr<std::string_view>("format")
                            .Attr<bool>("is_bf16")
+                           .Attr<bool>("pow2_scales")
+                           .Attr<float>("x_scale")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"));
 
@@ -99,6 +105,8 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Ret<ffi::AnyBuffer>()
                            .Attr<std::string_view>("format")
                            .Attr<bool>("is_bf16")
+                           .Attr<bool>("pow2_scales")
+                           .Attr<float>("x_scale")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"),
                        {ffi::Traits::kCmdBufferCompatible});

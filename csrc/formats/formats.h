@@ -1,22 +1,59 @@
-// The weight formats that kernels are compiled for: the class, and the name of its header, which is
-// the format's name in Python as well. CMakeLists.txt reads these lines, too.
+// The weight formats that kernels are compiled for: the class; the name of its header, which is the
+// format's name in Python as well; the 32-bit scale words of a row and 128 of K; and the order of
+// K. CMakeLists.txt reads these lines, too.
 #pragma once
 
 #include <string_view>
+#include <type_traits>
 
+#include "common/limits.h"
 #include "mainloop/activations.cuh"
 
-#define JAX_W4MOE_FORMATS(X) \
-  X(Mxfp4, mxfp4)            \
-  X(Int4G128, int4_g128)
+#define JAX_W4MOE_FORMATS(X)                 \
+  X(Mxfp4, mxfp4, 1, KOrder::kByLane)        \
+  X(Int4G128, int4_g128, 1, KOrder::kByLane) \
+  X(Int4G32, int4_g32, 2, KOrder::kInOrder)
 
 namespace jax_w4moe {
 
+// Which k a byte of a fragment is, of instruction j, half h, lane of the quad t, byte b
+// (docs/layout.md).
+enum class KOrder {
+  kByLane,   // 32 t + 8 j + 4 h + b: a lane's codes are of one group of 32
+  kInOrder,  // 32 j + 16 h + 4 t + b: an instruction's codes are of one group of 32
+};
+
 enum class WeightFormat {
-#define JAX_W4MOE_CASE(Format, name) k##Format,
+#define JAX_W4MOE_CASE(Format, ...) k##Format,
   JAX_W4MOE_FORMATS(JAX_W4MOE_CASE)
 #undef JAX_W4MOE_CASE
 };
+
+template <typename Format>
+struct FormatTraits;
+#define JAX_W4MOE_CASE(Format, name, scale_words, k_order)                          \
+  struct Format;                                                                    \
+  template <>                                                                       \
+  struct FormatTraits<Format> {                                                     \
+    static constexpr int kScaleWords = scale_words;                                 \
+    static constexpr int kRecordBytes = kCodeBytes + kRecordRows * 4 * kScaleWords; \
+    static constexpr KOrder kKOrder = k_order;                                      \
+  };
+JAX_W4MOE_FORMATS(JAX_W4MOE_CASE)
+#undef JAX_W4MOE_CASE
+
+// Calls f with a pointer to the format's class.
+template <typename F>
+constexpr auto WithFormat(WeightFormat format, const F& f) {
+  switch (format) {
+#define JAX_W4MOE_CASE(Format, ...) \
+  case WeightFormat::k##Format:     \
+    return f(static_cast<Format*>(nullptr));
+    JAX_W4MOE_FORMATS(JAX_W4MOE_CASE)
+#undef JAX_W4MOE_CASE
+  }
+  return f(static_cast<Mxfp4*>(nullptr));  // no other value
+}
 
 // What the operands of a grouped GEMM are.
 struct Operands {
@@ -24,14 +61,24 @@ struct Operands {
   bool is_bf16;  // activations; else E4M3
 
   int Panels() const { return is_bf16 ? Bf16Activations::kPanels : Fp8Activations::kPanels; }
+  int RecordBytes() const {
+    return WithFormat(weights, [](auto* format) { return Traits<decltype(format)>::kRecordBytes; });
+  }
+  jax_w4moe::KOrder KOrder() const {
+    return WithFormat(weights, [](auto* format) { return Traits<decltype(format)>::kKOrder; });
+  }
+
+ private:
+  template <typename Pointer>
+  using Traits = FormatTraits<std::remove_pointer_t<Pointer>>;
 };
 
 // The format of a name; false if there is none.
 inline bool FindFormat(std::string_view name, WeightFormat* format) {
-#define JAX_W4MOE_CASE(Format, its_name) \
-  if (name == #its_name) {               \
-    *format = WeightFormat::k##Format;   \
-    return true;                         \
+#define JAX_W4MOE_CASE(Format, its_name, ...) \
+  if (name == #its_name) {                    \
+    *format = WeightFormat::k##Format;        \
+    return true;                              \
   }
   JAX_W4MOE_FORMATS(JAX_W4MOE_CASE)
 #undef JAX_W4MOE_CASE

@@ -4,7 +4,9 @@
 //   kTableBytes, TableByte   a table in shared memory, and its bytes
 //   Tables, LoadTables       what a thread keeps of it for a record
 //   LoadPlane                the A fragments of one of a record's two planes
-//   LoadScale                the f32 scales of rows g and g + 8
+//   kGroups                  groups of K with a scale each that its instructions are divided into
+//   Scales, LoadScales       what a thread keeps of the scales of rows g and g + 8
+//   Scale                    the f32 of a group, of one of the two
 #pragma once
 
 #include <cstdint>
@@ -15,6 +17,7 @@
 namespace jax_w4moe {
 
 struct Mxfp4 {
+  static constexpr int kGroups = 1;
   // 16 rows of 8 bytes: row `index` holds E4M3 of the eight magnitudes times 2^(index - 9); row 0,
   // the all-zero group, holds zeros. Eight-byte loads of any lanes touch each bank once.
   static constexpr int kTableBytes = 128;
@@ -54,10 +57,13 @@ struct Mxfp4 {
     Decode(codes.w, tables.high, a[2 * kPlane + 1][1], a[2 * kPlane + 1][3]);
   }
 
-  static __device__ __forceinline__ void LoadScale(uint32_t record, int thread, float (&scale)[2]) {
+  using Scales = float2;
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
     const uint2 words = ScaleWords(record, thread);
-    scale[0] = __uint_as_float(words.x & 0x7f800000u);
-    scale[1] = __uint_as_float(words.y & 0x7f800000u);
+    return {__uint_as_float(words.x & 0x7f800000u), __uint_as_float(words.y & 0x7f800000u)};
+  }
+  static __device__ __forceinline__ float Scale(const Scales& scales, int, int half) {
+    return half ? scales.y : scales.x;
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/limits.h"
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
@@ -10,13 +11,20 @@ namespace jax_w4moe {
 // Four words of eight codes: rows g and g + 8 of the plane's first instruction, then of its second.
 template <int kPlane>
 __device__ __forceinline__ uint4 Codes(uint32_t record, int thread) {
-  return ptx::LoadShared128(record + kPlane * 2048 + thread * 16);
+  return ptx::LoadShared128(record + kPlane * (kCodeBytes / 2) + thread * 16);
 }
 
-// The scale words of rows g and g + 8.
+// Rows g and g + 8 of a warp, whose scale words are neighbours.
+__device__ __forceinline__ int RowPair(int thread) { return thread / 32 * 8 + thread % 32 / 4; }
+
+// The scale word of each, where a row has one.
 __device__ __forceinline__ uint2 ScaleWords(uint32_t record, int thread) {
-  const int pair = thread / 32 * 8 + thread % 32 / 4;
-  return ptx::LoadShared64(record + 4096 + pair * 8);
+  return ptx::LoadShared64(record + kCodeBytes + RowPair(thread) * 8);
+}
+
+// Two words of row g, then of row g + 8.
+__device__ __forceinline__ uint4 ScaleWordPairs(uint32_t record, int thread) {
+  return ptx::LoadShared128(record + kCodeBytes + RowPair(thread) * 16);
 }
 
 }  // namespace jax_w4moe

@@ -6,14 +6,18 @@
 
 #include "common/limits.h"
 #include "epilogue/tile.cuh"
+#include "formats/formats.h"
 #include "mainloop/activations.cuh"
 #include "schedule/items.cuh"
 
 namespace jax_w4moe {
 
-// Decoder_: of formats/; Activations_: of mainloop/activations.cuh.
+inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
+
+// Decoder_: of formats/; Activations_: of mainloop/activations.cuh; kMaxStages: or one less, where
+// a format's records are too large.
 template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,
-          int kWarpgroups_, int kStages_>
+          int kWarpgroups_, int kMaxStages>
 struct GroupedGemmTile {
   using Decoder = Decoder_;
   using Activations = Activations_;
@@ -21,7 +25,6 @@ struct GroupedGemmTile {
   static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
   static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
   static constexpr int kWarpgroups = kWarpgroups_;
-  static constexpr int kStages = kStages_;
   static constexpr int kTokens = kSubtiles * kMaxWidth;
   static constexpr int kThreads = 128 * kWarpgroups + 128;
   static_assert(kTokens >= kMinTileTokens, "the plan has room for that many tiles only");
@@ -30,22 +33,33 @@ struct GroupedGemmTile {
   // Shared memory.
   static constexpr int kPanelBytes = kTokens * 128;
   static constexpr int kTokenBytes = kPanels * kPanelBytes;
+  static constexpr int kRecordBytes = FormatTraits<Decoder>::kRecordBytes;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
   static constexpr int kStagingBytes = kTokens * kStagingRow;
   static constexpr int kScaleBytes = kTokens * 4;
+  // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
+  // the one being finished and the one being announced.
+  static constexpr int Items(int stages) { return stages + 2; }
+  static constexpr int SharedBytes(int stages) {
+    return stages * (kTokenBytes + kWeightBytes) + kWarpgroups * (kStagingBytes + 2 * kScaleBytes) +
+           Decoder::kTableBytes + Items(stages) * static_cast<int>(sizeof(WorkItem)) +
+           kWarpgroups * static_cast<int>(sizeof(StoreJob)) + 16 * (stages + kWarpgroups);
+  }
+  static constexpr int kStages =
+      SharedBytes(kMaxStages) <= kMaxSharedBytes ? kMaxStages : kMaxStages - 1;
+  static constexpr int kItems = Items(kStages);
+  static constexpr int kSharedBytes = SharedBytes(kStages);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "the tile does not fit");
+
   static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
   static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
-  // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
-  // the one being finished and the one being announced.
-  static constexpr int kItems = kStages + 2;
   static constexpr int kItemsAt = kTableAt + Decoder::kTableBytes;
   static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
   static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
-  static constexpr int kSharedBytes = kBarriersAt + 16 * (kStages + kWarpgroups);
   static_assert(kItemsAt % 16 == 0, "items are aligned");
-  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KiB of shared memory");
+  static_assert(kBarriersAt + 16 * (kStages + kWarpgroups) == kSharedBytes, "nothing else");
 
   // Sub-tiles are compiled for multiples of 8 tokens; two of them have enough to do from 32 on.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;

@@ -3,16 +3,17 @@
 //
 // One persistent CTA per SM. A producer warp streams records and token tiles through a ring of
 // shared-memory stages by bulk copies; kWarpgroups math warpgroups own 64 rows of weights each,
-// decode them in registers, multiply (weights are A, tokens are N) and add every K128 product in
-// f32; a warp for each of them stores what it has staged. The next record is decoded while this one
-// multiplies, and serves kSubtiles token tiles. docs/numerics.md: R2, R5.
+// decode them in registers, multiply (weights are A, tokens are N) and add the product of every
+// group that has a scale, 128 of K at most, in f32; a warp for each of them stores what it has
+// staged. The next record is decoded while this one multiplies, and serves kSubtiles token tiles.
+// docs/numerics.md: R2, R5.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <type_traits>
 
-#include "epilogue/tile.cuh"
+#include "epilogue/epilogue.cuh"
 #include "kernels/gemm_tile.cuh"
 #include "kernels/load_items.cuh"
 #include "mainloop/wgmma.cuh"
@@ -29,27 +30,32 @@ inline constexpr int kReleasingLanes = 1;
 
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
+// Calls f with 0 to kGroups - 1 as constants.
+template <int kGroups, int kGroup = 0, typename F>
+__device__ __forceinline__ void ForEachGroup(const F& f) {
+  f(std::integral_constant<int, kGroup>{});
+  if constexpr (kGroup + 1 < kGroups) ForEachGroup<kGroups, kGroup + 1>(f);
+}
+
 // A warp that stores what its warpgroup stages.
-template <typename Epilogue>
 __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile const StoreJob& job,
                                            uint32_t staging, uint32_t staged, uint32_t drained) {
   for (uint32_t parity = 0;; parity ^= 1) {
     ptx::BarrierWait(staged, parity);
     const int live = job.live;
     if (live == kNoMoreJobs) return;
-    epilogue.Store(job.first_row, job.slab, live, staging);
+    epilogue.StoreJob(job.first_row, job.slab, live, staging);
     ptx::BarrierArrive(drained);
   }
 }
 
-template <typename Tile, typename Epilogue>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
   using Activations = typename Tile::Activations;
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
-  constexpr bool kStaged = Epilogue::kStaged;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t tokens = ptx::SharedAddress(shared), weights = tokens + Tile::kWeightsAt;
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
@@ -84,11 +90,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       return;
     }
     __syncthreads();
-    if constexpr (kStaged) {
-      const int w = warp - 1;
-      if (w < kWarpgroups) {
-        StoreItems(epilogue, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
-      }
+    if (const int w = warp - 1; w < kWarpgroups) {
+      StoreItems(epilogue, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
     }
     return;
   }
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int j = 0; j < kWidth / 2; ++j) acc[n][j] = 0.0f;
       }
       auto record_at = [&](int at) {
-        return weights + at * Tile::kWeightBytes + warpgroup * kRecordBytes;
+        return weights + at * Tile::kWeightBytes + warpgroup * Tile::kRecordBytes;
       };
       auto load_first = [&](uint32_t (&fragments)[4][4]) {
         ptx::BarrierWait(full + 8 * stage, parity);
@@ -160,10 +163,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       auto token_tile = [&](int at, int first) {
         return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
       };
-      float scale[2];
-      auto promote = [&](float (&to)[kWidth / 2]) {
+      typename Decoder::Scales scale;
+      auto promote = [&](float (&to)[kWidth / 2], int group) {
 #pragma unroll
-        for (int j = 0; j < kWidth / 2; ++j) to[j] = fmaf(partial[j], scale[j / 2 % 2], to[j]);
+        for (int j = 0; j < kWidth / 2; ++j) {
+          to[j] = fmaf(partial[j], Decoder::Scale(scale, group, j / 2 % 2), to[j]);
+        }
       };
       // One K128, decoded into `now`; the next is decoded into `next` while the products run.
       // Nothing is read from shared memory between a product's end and the next one's issue:
@@ -173,14 +178,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         advance();
 #pragma unroll
         for (int n = 0; n < kSubtiles; ++n) {
-          Multiply<Activations, kWidth>(partial, now, token_tile(used, n * kWidth),
-                                        Tile::kTokens * kDescriptorToken);
-          if (n == 0) Decoder::LoadScale(record_at(used), thread, scale);
-          if (n == 0 && more) load_first(next);
-          if (n + 1 == kSubtiles && more) load_second(next);
-          WaitForProducts(partial);
-          if (n + 1 == kSubtiles) release(used);
-          promote(acc[n]);
+          ForEachGroup<Decoder::kGroups>([&](auto group) {
+            constexpr int kGroup = decltype(group)::value, kCount = 4 / Decoder::kGroups;
+            constexpr bool kIsLast = kGroup + 1 == Decoder::kGroups;
+            Multiply<Activations, kWidth, kGroup * kCount, kCount>(
+                partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
+            if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
+            if (n == 0 && kGroup == 0 && more) load_first(next);
+            if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
+            WaitForProducts(partial);
+            if (n + 1 == kSubtiles && kIsLast) release(used);
+            promote(acc[n], kGroup);
+          });
         }
       };
       load_first(a[0]);
@@ -201,7 +210,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                         0};
       ptx::CopyAsyncWait();
       ptx::NamedBarrier(1 + warpgroup, 128);  // the scales are there
-      if constexpr (kStaged) {
+      if (epilogue.IsStaged()) {
         ptx::BarrierWait(drained_barrier(warpgroup), odd ^ 1);
         if (tile.thread == 0) {
           volatile StoreJob& job = jobs[warpgroup];
@@ -212,25 +221,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
 #pragma unroll
       for (int n = 0; n < kSubtiles; ++n) {
-        if constexpr (kStaged) {
-          epilogue.template Stage<kWidth>(acc[n], tile);
-        } else {
-          epilogue.template Store<kWidth>(acc[n], tile);
-        }
+        epilogue.template Finish<kWidth>(acc[n], tile);
         tile.live -= kWidth;
         tile.first_row += kWidth;
         tile.scales += kWidth * 4;
         tile.staged += kWidth;
       }
-      if constexpr (kStaged) hand_over();
+      if (epilogue.IsStaged()) hand_over();
     });
     odd ^= 1;
   }
-  if constexpr (kStaged) {
-    ptx::BarrierWait(drained_barrier(warpgroup), odd ^ 1);
-    if (thread == 0) jobs[warpgroup].live = kNoMoreJobs;
-    hand_over();
-  }
+  ptx::BarrierWait(drained_barrier(warpgroup), epilogue.IsStaged() ? odd ^ 1 : 1);
+  if (thread == 0) jobs[warpgroup].live = kNoMoreJobs;
+  hand_over();
 }
 
 }  // namespace jax_w4moe

@@ -10,14 +10,14 @@
 
 namespace jax_w4moe {
 
-// Packed weights of all experts: [E, row_blocks, k_blocks, kRecordBytes].
+// Packed weights of all experts: [E, row_blocks, k_blocks] records.
 struct Records {
   const uint8_t* data;
   int row_blocks;
   int k_blocks;
 
-  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab) const {
-    return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * kRecordBytes);
+  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab, int record_bytes) const {
+    return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * record_bytes);
   }
 };
 
@@ -43,6 +43,7 @@ __device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& 
   to.width = item.width;
 }
 
+inline constexpr int kFewEarly = 3;  // K128 of weights that are asked for before few pairs' tokens
 inline constexpr int kRunSteps = 8;  // K128 of a run of items, about
 
 // The producer warp: one lane per copy of a stage. Before the preceding kernel has written the
@@ -51,6 +52,8 @@ template <typename Tile>
 __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t shared,
                                           volatile WorkItem* items) {
   constexpr int kWarpgroups = Tile::kWarpgroups, kStages = Tile::kStages;
+  constexpr int kRecordBytes = Tile::kRecordBytes;
+  static_assert(kStages >= kFewEarly, "the early weights of few pairs have stages");
   const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
   const int lane = threadIdx.x % 32;
   const bool is_few = p.few_pairs.num_pairs > 0, is_early = p.plan_is_old || is_few;
@@ -78,14 +81,15 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
   const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
-  int early = is_early ? min(k_blocks, is_few ? 3 : kStages) : 0;
+  int early = is_early ? min(k_blocks, is_few ? kFewEarly : kStages) : 0;
   int stage = 0, slot = 0, ticket = 0;
   uint32_t parity = 1;
   for (int i = first_item; i < num_items;) {
     const WorkItem item = ItemAt<Tile>(planned, rows, i);
     const bool copies = is_tokens || lane < item.slabs;
-    const uint8_t* from = is_tokens ? p.image + (panel * p.image_rows + item.first_row) * 128
-                                    : p.weights.Slab(item.expert, item.first_slab + lane);
+    const uint8_t* from = is_tokens
+                              ? p.image + (panel * p.image_rows + item.first_row) * 128
+                              : p.weights.Slab(item.expert, item.first_slab + lane, kRecordBytes);
     const uint32_t tile_bytes = item.live * 128;
     const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
     auto expect = [&](int k) {

@@ -63,4 +63,15 @@ __device__ __forceinline__ float FinishScale(uint32_t amax_bits, bool write, flo
   return __fdiv_rn(kE4m3Max, amax);
 }
 
+// The same with a scale that is a power of two, as PerToken(pow2=True) says.
+__device__ __forceinline__ float FinishPow2Scale(uint32_t amax_bits, float* x_scale) {
+  const uint32_t bits = max(amax_bits, kMinAmaxBits);
+  // 448 is 1.75 * 2^8: up to a mantissa of 1.75 amax / 448 is at most 2^(e - 8).
+  const uint32_t exponent = (bits >> 23) - 8 + ((bits & 0x7fffff) > 0x600000);
+  const bool is_finite = bits < 0x7f800000;
+  const float amax = __uint_as_float(bits);
+  *x_scale = is_finite ? __uint_as_float(exponent << 23) : amax;
+  return is_finite ? __uint_as_float((254 - exponent) << 23) : __fdiv_rn(kE4m3Max, amax);
+}
+
 }  // namespace jax_w4moe

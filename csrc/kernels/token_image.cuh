@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
+#include "formats/formats.h"
 #include "kernels/plan.cuh"
 #include "kernels/quantize_row.cuh"
 #include "kernels/route.cuh"
+#include "launch/scale_rule.h"
 #include "ptx/sm90.cuh"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"
@@ -18,9 +20,10 @@ namespace jax_w4moe {
 
 inline constexpr int kImageThreads = 128;
 
-// The K of word t of a chunk of the image.
-__device__ __forceinline__ int ChunkK(int chunk, int t) {
-  return chunk / 8 * 128 + 32 * t + 4 * (chunk % 8);
+// The K of word t of a chunk of the image, which is for half chunk % 2 of an instruction.
+__device__ __forceinline__ int ChunkK(KOrder order, int chunk, int t) {
+  const bool is_by_lane = order == KOrder::kByLane;
+  return chunk / 8 * 128 + (is_by_lane ? 32 : 4) * t + (is_by_lane ? 4 : 16) * (chunk % 8);
 }
 
 // --- sources: rows of `width` values, a multiple of 32 ---
@@ -28,10 +31,12 @@ __device__ __forceinline__ int ChunkK(int chunk, int t) {
 // Load: what a chunk of the image is made from. AbsMax: its part of Finish's amax_bits. Finish:
 // what chunks are multiplied by, and the row's scale. Convert: a chunk as the image has it.
 
-// bf16, quantised by the rule of quantize_fp8.
+// bf16, quantised by a rule.
 struct Bf16Rows {
   const __nv_bfloat16* x;
   int width;
+  KOrder order;
+  ScaleRule rule;
 
   struct Raw {
     uint2 fours[4];
@@ -40,7 +45,7 @@ struct Bf16Rows {
     Raw raw;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int k = ChunkK(chunk, t);
+      const int k = ChunkK(order, chunk, t);
       raw.fours[t] = k < width ? *reinterpret_cast<const uint2*>(x + row * width + k) : uint2{0, 0};
     }
     return raw;
@@ -51,7 +56,12 @@ struct Bf16Rows {
                AbsMaxBits(make_uint4(f[2].x, f[2].y, f[3].x, f[3].y)));
   }
   __device__ __forceinline__ float Finish(int64_t, uint32_t amax_bits, float& scale) const {
-    return FinishScale(TeamMax<kImageThreads>(amax_bits), true, &scale);
+    if (rule.fixed > 0.0f) {
+      scale = rule.fixed;
+      return __fdiv_rn(1.0f, rule.fixed);
+    }
+    const uint32_t row_bits = TeamMax<kImageThreads>(amax_bits);
+    return rule.pow2 ? FinishPow2Scale(row_bits, &scale) : FinishScale(row_bits, true, &scale);
   }
   using Value = uint4;
   static __device__ __forceinline__ void Convert(const Raw& raw, float inv_scale, Value& value) {
@@ -98,13 +108,14 @@ struct Fp8Rows {
   const uint8_t* x;
   const float* x_scale;
   int width;
+  KOrder order;
 
   using Raw = uint4;
   __device__ __forceinline__ Raw Load(int64_t row, int chunk) const {
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int k = ChunkK(chunk, t);
+      const int k = ChunkK(order, chunk, t);
       if (k < width) words[t] = *reinterpret_cast<const uint32_t*>(x + row * width + k);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);

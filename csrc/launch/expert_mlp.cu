@@ -15,13 +15,13 @@ cudaError_t LaunchExpertMlp(const ExpertMlpParams& p, cudaStream_t stream) {
   Arena arena(p.workspace);
   const ExpertsWorkspace ws(p.experts, p.num_rows, arena);
   const int num_rows = static_cast<int>(p.num_rows);
-  LaunchGroup(
-      Rows{p.x, p.x_scale, static_cast<int>(p.experts.hidden_size), p.experts.operands.is_bf16},
-      num_rows,
-      Groups{p.group_sizes, static_cast<int>(p.experts.num_experts),
-             static_cast<int>(p.rows_per_expert), static_cast<int>(p.experts.tile_tokens), ws.plan,
-             ws.row_phase, p.out, 2 * p.experts.hidden_size},
-      ws.x, stream);
+  LaunchGroup(Rows{p.x, p.x_scale, static_cast<int>(p.experts.hidden_size), p.experts.operands,
+                   p.experts.x_rule},
+              num_rows,
+              Groups{p.group_sizes, static_cast<int>(p.experts.num_experts),
+                     static_cast<int>(p.rows_per_expert), static_cast<int>(p.experts.tile_tokens),
+                     ws.plan, ws.row_phase, p.out, 2 * p.experts.hidden_size},
+              ws.x, stream);
   return LaunchExperts(p.experts, ws, num_rows, true, FewPairs{},
                        static_cast<__nv_bfloat16*>(p.out), stream);
 }

@@ -20,10 +20,6 @@ ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& 
       h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
-cudaError_t PrepareExperts(Operands operands) {
-  return PrepareGroupedGemm<LayerEpilogue>(operands);
-}
-
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
                           cudaStream_t stream) {
@@ -34,16 +30,15 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
                     static_cast<int>(e.w13_k_blocks)};
   const Records w2{static_cast<const uint8_t*>(e.w2), static_cast<int>(e.w2_row_blocks),
                    static_cast<int>(e.w2_k_blocks)};
-  LayerEpilogue epilogue{
-      SwiGlu{ws.h, e.w13_bias, w13.row_blocks, e.alpha, e.beta, e.limit},
-      ScaledStore<__nv_bfloat16>{out, e.w2_bias, static_cast<int>(e.hidden_size), false}, false};
+  Epilogue epilogue{EpilogueKind::kGated, Gated{ws.h, e.w13_bias, w13.row_blocks, e.activation},
+                    ScaledStore{out, e.w2_bias, static_cast<int>(e.hidden_size), false}};
   LaunchGroupedGemm(e.operands, e.tile_tokens,
                     GroupedGemmParams{w13, ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
                     epilogue, num_sms, stream);
-  LaunchRequantize(ws.h, w13.row_blocks * 32, e.operands.is_bf16, num_rows, ws.row_phase,
-                   ws.h_image, stream);
-  epilogue.is_second = true;
+  LaunchRequantize(Rows{ws.h, nullptr, w13.row_blocks * 32, e.operands, e.h_rule}, num_rows,
+                   ws.row_phase, ws.h_image, stream);
+  epilogue.kind = EpilogueKind::kStore;
   LaunchGroupedGemm(e.operands, e.tile_tokens,
                     GroupedGemmParams{w2, ws.h_image.data, ws.h_image.row_scale, ws.plan,
                                       ws.h_image.num_rows, 1, true, FewPairs{}},

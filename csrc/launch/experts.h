@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "epilogue/activation.h"
 #include "formats/formats.h"
 #include "launch/launch.h"
+#include "launch/scale_rule.h"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
@@ -16,8 +18,8 @@ namespace jax_w4moe {
 
 struct Experts {
   Operands operands;
-  const void* w13;        // u8[E, w13_row_blocks, w13_k_blocks, 4352]
-  const void* w2;         // u8[E, w2_row_blocks, w2_k_blocks, 4352]
+  const void* w13;        // u8[E, w13_row_blocks, w13_k_blocks, record bytes]
+  const void* w2;         // u8[E, w2_row_blocks, w2_k_blocks, record bytes]
   const float* w13_bias;  // f32[E, w13_row_blocks, 64], or null
   const float* w2_bias;   // f32[E, H], or null
   int64_t num_experts;
@@ -27,9 +29,9 @@ struct Experts {
   int64_t w2_row_blocks;
   int64_t w2_k_blocks;
   int64_t tile_tokens;
-  float alpha;
-  float beta;
-  float limit;  // infinite for no clamp
+  Activation activation;
+  ScaleRule x_rule;
+  ScaleRule h_rule;
 };
 
 // Parts of a workspace for `rows` rows.
@@ -42,9 +44,6 @@ struct ExpertsWorkspace {
 
   ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena);
 };
-
-// Raises the shared-memory limits on the current device.
-cudaError_t PrepareExperts(Operands operands);
 
 // From x in the workspace, placed as plan and row_phase say, to out bf16[rows, H], row by row;
 // rows of no expert are not written. plan_is_old: the plan was complete before the preceding kernel

@@ -37,13 +37,14 @@ cudaError_t LaunchChunk(const FusedMoeParams& p, const Workspace& ws, int64_t fi
   const int top_k = static_cast<int>(p.top_k), hidden = static_cast<int>(p.experts.hidden_size);
   const int num_pairs = num_tokens * top_k;
   const int bytes_per_token = hidden * (p.x_scale ? 1 : 2);
-  LaunchRoute(Rows{static_cast<const uint8_t*>(p.x) + first * bytes_per_token,
-                   p.x_scale ? p.x_scale + first : nullptr, hidden, p.experts.operands.is_bf16},
-              num_tokens,
-              Routing{p.topk_ids + first * top_k, top_k, static_cast<int>(p.experts.num_experts),
-                      static_cast<int>(p.experts.tile_tokens), ws.block_counts, ws.experts.plan,
-                      ws.places, ws.experts.row_phase},
-              ws.experts.x, stream);
+  LaunchRoute(
+      Rows{static_cast<const uint8_t*>(p.x) + first * bytes_per_token,
+           p.x_scale ? p.x_scale + first : nullptr, hidden, p.experts.operands, p.experts.x_rule},
+      num_tokens,
+      Routing{p.topk_ids + first * top_k, top_k, static_cast<int>(p.experts.num_experts),
+              static_cast<int>(p.experts.tile_tokens), ws.block_counts, ws.experts.plan, ws.places,
+              ws.experts.row_phase},
+      ws.experts.x, stream);
   FewPairs few{};
   if (num_pairs <= kFewPairs) {
     few = {p.topk_ids + first * top_k, num_pairs, static_cast<int>(p.experts.num_experts)};

@@ -1,4 +1,4 @@
-// The definitions of grouped_gemm.h, for the files that compile a format with an epilogue each.
+// The definitions of grouped_gemm.h, for the files that compile a format each.
 #pragma once
 
 #include <type_traits>
@@ -23,32 +23,32 @@ void ForEachTile(const F& f) {
 #undef JAX_W4MOE_CASE
 }
 
-template <typename Decoder, typename Activations, typename Epilogue>
+template <typename Decoder, typename Activations>
 cudaError_t PrepareTiles() {
   cudaError_t status = cudaSuccess;
   ForEachTile<Decoder, Activations>([&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (status != cudaSuccess) return;
-    status = cudaFuncSetAttribute(GroupedGemm<Tile, Epilogue>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+    status = cudaFuncSetAttribute(GroupedGemm<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  Tile::kSharedBytes);
   });
   return status;
 }
 
-template <typename Decoder, typename Activations, typename Epilogue>
+template <typename Decoder, typename Activations>
 void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epilogue& epilogue,
                 int num_sms, cudaStream_t stream) {
   ForEachTile<Decoder, Activations>([&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (tile_tokens != Tile::kTokens) return;
-    LaunchDependent(GroupedGemm<Tile, Epilogue>, num_sms, Tile::kThreads, Tile::kSharedBytes,
-                    stream, params, epilogue);
+    LaunchDependent(GroupedGemm<Tile>, num_sms, Tile::kThreads, Tile::kSharedBytes, stream, params,
+                    epilogue);
   });
 }
 
-#define JAX_W4MOE_COMPILE(Decoder, Activations, Epilogue)                                     \
-  template cudaError_t PrepareTiles<Decoder, Activations, Epilogue>();                        \
-  template void LaunchTile<Decoder, Activations, Epilogue>(int64_t, const GroupedGemmParams&, \
-                                                           const Epilogue&, int, cudaStream_t);
+#define JAX_W4MOE_COMPILE(Decoder, Activations)                                     \
+  template cudaError_t PrepareTiles<Decoder, Activations>();                        \
+  template void LaunchTile<Decoder, Activations>(int64_t, const GroupedGemmParams&, \
+                                                 const Epilogue&, int, cudaStream_t);
 
 }  // namespace jax_w4moe

@@ -25,11 +25,6 @@ int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t panels, int64_t nu
   return Workspace(num_rows, panels, num_experts, nullptr).arena.used();
 }
 
-cudaError_t PrepareGroupedMatmul(Operands operands) {
-  const cudaError_t status = PrepareGroupedGemm<ScaledStore<float>>(operands);
-  return status == cudaSuccess ? PrepareGroupedGemm<LayerEpilogue>(operands) : status;
-}
-
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t stream) {
   if (p.num_rows == 0) return cudaSuccess;
   int num_sms = 0;
@@ -38,7 +33,7 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
 
   const Workspace ws(p.num_rows, p.k_blocks * p.operands.Panels(), p.num_experts, p.workspace);
   const int num_experts = static_cast<int>(p.num_experts);
-  LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction), p.operands.is_bf16},
+  LaunchGroup(Rows{p.lhs, p.x_scale, static_cast<int>(p.contraction), p.operands, p.x_rule},
               static_cast<int>(p.num_rows),
               Groups{p.group_sizes, num_experts, 0, static_cast<int>(p.tile_tokens), ws.plan,
                      nullptr, p.out, p.num_columns * (p.out_is_f32 ? 4 : 2)},
@@ -48,15 +43,9 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const GroupedGemmParams gemm{
       weights, ws.image.data, ws.image.row_scale, ws.plan, ws.image.num_rows, 0, true, FewPairs{}};
   const int columns = static_cast<int>(p.num_columns);
-  if (p.out_is_f32) {
-    const ScaledStore<float> store{static_cast<float*>(p.out), nullptr, columns, p.gate_up};
-    LaunchGroupedGemm(p.operands, p.tile_tokens, gemm, store, num_sms, stream);
-  } else {
-    const ScaledStore<__nv_bfloat16> store{static_cast<__nv_bfloat16*>(p.out), nullptr, columns,
-                                           p.gate_up};
-    LaunchGroupedGemm(p.operands, p.tile_tokens, gemm, LayerEpilogue{{}, store, true}, num_sms,
-                      stream);
-  }
+  const Epilogue epilogue{p.out_is_f32 ? EpilogueKind::kStoreF32 : EpilogueKind::kStore, Gated{},
+                          ScaledStore{p.out, nullptr, columns, p.gate_up}};
+  LaunchGroupedGemm(p.operands, p.tile_tokens, gemm, epilogue, num_sms, stream);
   return cudaGetLastError();
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "formats/formats.h"
+#include "launch/scale_rule.h"
 
 namespace jax_w4moe {
 
@@ -13,7 +14,7 @@ struct GroupedMatmulParams {
   Operands operands;
   const void* lhs;         // bf16[M, K], or e4m3 with x_scale
   const float* x_scale;    // f32[M], or null
-  const void* records;     // u8[E, row_blocks, k_blocks, 4352]
+  const void* records;     // u8[E, row_blocks, k_blocks, record bytes]
   const int* group_sizes;  // i32[E]
   void* out;               // [M, num_columns], bf16 or f32
   void* workspace;         // GroupedMatmulWorkspaceBytes
@@ -24,6 +25,7 @@ struct GroupedMatmulParams {
   int64_t k_blocks;
   int64_t num_columns;  // logical N
   int64_t tile_tokens;  // a row of the tile table
+  ScaleRule x_rule;
   bool gate_up;
   bool out_is_f32;
 };
@@ -31,9 +33,6 @@ struct GroupedMatmulParams {
 // panels: of a row of the token image. The same formula as jax_w4moe/ops/grouped_matmul.py; a test
 // compares them.
 int64_t GroupedMatmulWorkspaceBytes(int64_t num_rows, int64_t panels, int64_t num_experts);
-
-// Raises the shared-memory limit of every compiled tile on the current device.
-cudaError_t PrepareGroupedMatmul(Operands operands);
 
 cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& params, cudaStream_t stream);
 

@@ -10,15 +10,15 @@ namespace {
 template <typename Placement, typename Launch>
 void WithSource(const Rows& rows, const Placement& placement, const TokenImage& image,
                 const Launch& launch) {
+  const KOrder order = rows.operands.KOrder();
+  const Bf16Rows bf16{static_cast<const __nv_bfloat16*>(rows.x), rows.width, order, rows.rule};
   if (rows.x_scale) {
-    const Fp8Rows source{static_cast<const uint8_t*>(rows.x), rows.x_scale, rows.width};
+    const Fp8Rows source{static_cast<const uint8_t*>(rows.x), rows.x_scale, rows.width, order};
     launch(WriteTokenImage<Fp8Rows, Placement>, source, placement, image);
-  } else if (rows.splits_bf16) {
-    const SplitBf16Rows source{{static_cast<const __nv_bfloat16*>(rows.x), rows.width}};
-    launch(WriteTokenImage<SplitBf16Rows, Placement>, source, placement, image);
+  } else if (rows.operands.is_bf16) {
+    launch(WriteTokenImage<SplitBf16Rows, Placement>, SplitBf16Rows{bf16}, placement, image);
   } else {
-    const Bf16Rows source{static_cast<const __nv_bfloat16*>(rows.x), rows.width};
-    launch(WriteTokenImage<Bf16Rows, Placement>, source, placement, image);
+    launch(WriteTokenImage<Bf16Rows, Placement>, bf16, placement, image);
   }
 }
 
@@ -62,12 +62,11 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
   });
 }
 
-void LaunchRequantize(const __nv_bfloat16* h, int width, bool splits_bf16, int num_rows,
-                      const int* row_phase, const TokenImage& image, cudaStream_t stream) {
-  WithSource(Rows{h, nullptr, width, splits_bf16}, PlaceInPlace{row_phase}, image,
-             [&](auto kernel, auto... args) {
-               LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
-             });
+void LaunchRequantize(const Rows& h, int num_rows, const int* row_phase, const TokenImage& image,
+                      cudaStream_t stream) {
+  WithSource(h, PlaceInPlace{row_phase}, image, [&](auto kernel, auto... args) {
+    LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
+  });
 }
 
 }  // namespace jax_w4moe

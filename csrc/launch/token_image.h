@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "formats/formats.h"
+#include "launch/scale_rule.h"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
@@ -16,7 +18,8 @@ struct Rows {
   const void* x;         // bf16[rows, width], or e4m3 with x_scale
   const float* x_scale;  // f32[rows], or null for bf16
   int width;
-  bool splits_bf16;  // the image is for Bf16Activations
+  Operands operands;  // what the image is for
+  ScaleRule rule;     // of bf16 rows
 };
 
 // Routing as it is asked for, and where its outcome goes.
@@ -55,7 +58,7 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& groups, const Tok
                  cudaStream_t stream);
 
 // bf16 rows whose phases are known.
-void LaunchRequantize(const __nv_bfloat16* h, int width, bool splits_bf16, int num_rows,
-                      const int* row_phase, const TokenImage& image, cudaStream_t stream);
+void LaunchRequantize(const Rows& h, int num_rows, const int* row_phase, const TokenImage& image,
+                      cudaStream_t stream);
 
 }  // namespace jax_w4moe

@@ -1,4 +1,4 @@
-// One step of a warpgroup: four WGMMAs of 32 of K for each panel of the tokens, A in registers, B
+// One step of a warpgroup: WGMMAs of 32 of K each for each panel of the tokens, A in registers, B
 // in shared memory.
 #pragma once
 
@@ -56,27 +56,29 @@ __device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
       accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-template <typename Activations, int N, int kPanel = 0>
+template <typename Activations, int N, int kFirst, int kCount, int kPanel = 0>
 __device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const uint32_t (&a)[4][4],
                                                uint64_t tokens, uint64_t panel_stride) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    Wgmma<Activations::kIsE5m2[kPanel], N>(partial, a[j], tokens + 2 * j, kPanel + j > 0,
+  for (int i = 0; i < kCount; ++i) {
+    const int j = kFirst + i;
+    Wgmma<Activations::kIsE5m2[kPanel], N>(partial, a[j], tokens + 2 * j, kPanel + i > 0,
                                            std::make_index_sequence<N / 2>{});
   }
   if constexpr (kPanel + 1 < Activations::kPanels) {
-    MultiplyPanels<Activations, N, kPanel + 1>(partial, a, tokens + panel_stride, panel_stride);
+    MultiplyPanels<Activations, N, kFirst, kCount, kPanel + 1>(partial, a, tokens + panel_stride,
+                                                               panel_stride);
   }
 }
 
-// Issues and commits the product of a record's four fragments with a token tile, given by its
-// descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and may
-// be read after WaitForProducts.
-template <typename Activations, int N>
+// Issues and commits the product of kCount of a record's four fragments with a token tile, given by
+// its descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and
+// may be read after WaitForProducts.
+template <typename Activations, int N, int kFirst, int kCount>
 __device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
                                          uint64_t tokens, uint64_t panel_stride) {
   cute::warpgroup_arrive();
-  MultiplyPanels<Activations, N>(partial, a, tokens, panel_stride);
+  MultiplyPanels<Activations, N, kFirst, kCount>(partial, a, tokens, panel_stride);
   cute::warpgroup_commit_batch();
 }
 

@@ -113,6 +113,13 @@ __device__ __forceinline__ float Reciprocal(float x) {
   return result;
 }
 
+// To a relative error of 2^-11.
+__device__ __forceinline__ float Tanh(float x) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // prmt.b32 without the selector mask that __byte_perm inserts.
 __device__ __forceinline__ uint32_t Permute(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;

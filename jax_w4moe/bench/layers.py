@@ -17,7 +17,7 @@ import numpy as np
 from jax_w4moe import roofline
 from jax_w4moe.bench.shapes import Shape
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
-from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, CODE_BYTES, RECORD_BYTES, record_grid
+from jax_w4moe.formats.layout import BLOCK_K, BLOCK_ROWS, CODE_BYTES, record_bytes, record_grid
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.types import PackedExperts, PackedTensor, RowOrder
 
@@ -46,14 +46,16 @@ def layer(call: Call, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn
 def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -> PackedExperts:
     """Random codes under one scale: what the kernels do does not depend on the values."""
     groups = BLOCK_K // format.group_size
+    dtype = jnp.float32 if format.scale_dtype == jnp.uint8 else format.scale_dtype
     with jax.ensure_compile_time_eval():
-        scales = format.canonical_scales(jnp.full((1, groups), 2.0**-9, jnp.float32))
-        words, _ = format.scale_words(jnp.ones((1, BLOCK_K), jnp.uint8), scales)
+        scales = format.canonical_scales(jnp.full((1, groups), 2.0**-9, dtype))
+        words, _ = format.words_from_scales(jnp.ones((1, BLOCK_K), jnp.uint8), scales)
         word = np.asarray(words).view(np.uint8).reshape(-1)
 
     def tensor(key: jax.Array, rows: int, columns: int, order: RowOrder) -> PackedTensor:
         grid = record_grid(rows, columns, 2 if order == "gate_up" else 1)
-        data = jax.random.bits(key, (shape.num_experts, *grid, RECORD_BYTES), jnp.uint8)
+        nbytes = record_bytes(format.scale_words)
+        data = jax.random.bits(key, (shape.num_experts, *grid, nbytes), jnp.uint8)
         scales = jnp.asarray(np.tile(word, BLOCK_ROWS))
         data = data.at[..., CODE_BYTES:].set(scales.reshape(1, 1, 1, -1))
         exact = jnp.zeros(shape.num_experts, jnp.int32)

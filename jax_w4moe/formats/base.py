@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Shaped, UInt8, UInt32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFormat(abc.ABC):
     """A way of storing a weight matrix [N, K] in 4-bit codes with one scale per group of K.
 
@@ -23,6 +23,7 @@ class WeightFormat(abc.ABC):
       code_dtype: the 4-bit dtype of an unpacked code.
       k_order: how the digits of a logical k inside its 128-block are permuted for the tensor core
         (see :mod:`jax_w4moe.formats.layout`).
+      scale_words: 32-bit words that hold the scales of a row and 128 of K, 1 or 2.
     """
 
     name: str
@@ -30,6 +31,7 @@ class WeightFormat(abc.ABC):
     scale_dtype: jnp.dtype
     code_dtype: jnp.dtype
     k_order: str
+    scale_words: int
 
     @abc.abstractmethod
     def canonical_scales(self, scales: Shaped[Array, "*rest G"]) -> Shaped[Array, "*rest G"]:
@@ -52,14 +54,14 @@ class WeightFormat(abc.ABC):
         """Codes in 0..15 and canonical scales -> the exact weights in f32."""
 
     @abc.abstractmethod
-    def scale_words(
+    def words_from_scales(
         self, codes: UInt8[Array, "*rest K"], scales: Shaped[Array, "*rest G"]
-    ) -> tuple[UInt32[Array, "*rest C"], Int32[Array, "*rest C"]]:
-        """One 32-bit scale word per 128 of K, and how many of its groups could not be exact."""
+    ) -> tuple[UInt32[Array, "*rest C W"], Int32[Array, "*rest C"]]:
+        """The scale words of each 128 of K, and how many of its groups could not be exact."""
 
     @abc.abstractmethod
-    def scales_from_words(self, words: UInt32[Array, "*rest C"]) -> Shaped[Array, "*rest G"]:
-        """The inverse of :meth:`scale_words`, up to the scales of all-zero groups."""
+    def scales_from_words(self, words: UInt32[Array, "*rest C W"]) -> Shaped[Array, "*rest G"]:
+        """The inverse of :meth:`words_from_scales`, up to the scales of all-zero groups."""
 
     @abc.abstractmethod
     def word_bytes(self, codes: UInt8[Array, "*rest 2 4"]) -> UInt8[Array, "*rest 4"]:

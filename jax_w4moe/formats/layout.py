@@ -1,11 +1,11 @@
 """The packed layout: where every 4-bit code of a projection lies, for the kernels and for Python.
 
-A projection [E, N, K] is cut into records of 64 rows x 128 of K. A record is 4,352 bytes:
+A projection [E, N, K] is cut into records of 64 rows x 128 of K. A record is 4,352 or 4,608 bytes:
 
-    bytes    0..4095   codes in WGMMA A-fragment order: two planes of 128 threads x 16 bytes
-    bytes 4096..4351   one 32-bit scale word per row (the format's own), rows g and g+8 adjacent
+    bytes 0..4095   codes in WGMMA A-fragment order: two planes of 128 threads x 16 bytes
+    the rest        one or two 32-bit scale words per row (a format's own), rows g and g+8 adjacent
 
-Records are stored [E, row_blocks, K_blocks, 4352]: the block axes stay visible, so a packed array
+Records are stored [E, row_blocks, K_blocks, bytes]: the block axes stay visible, so a packed array
 is sharded like any other. ``docs/layout.md`` has the byte map with a picture.
 
 Digits used in the patterns below (radix in parentheses), most significant first:
@@ -30,10 +30,13 @@ LAYOUT_VERSION = 1
 BLOCK_ROWS = 64
 BLOCK_K = 128
 CODE_BYTES = BLOCK_ROWS * BLOCK_K // 2
-SCALE_BYTES = BLOCK_ROWS * 4
-RECORD_BYTES = CODE_BYTES + SCALE_BYTES
 
 _RADIX = {"w": 4, "s": 2, "g": 8, "p": 2, "q": 2, "h": 2, "t": 4, "b": 4}
+
+
+def record_bytes(scale_words: int) -> int:
+    """Bytes of a record with so many scale words per row."""
+    return CODE_BYTES + BLOCK_ROWS * 4 * scale_words
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -57,15 +60,15 @@ def record_grid(rows: int, columns: int, halves: int = 1) -> tuple[int, int]:
 
 def record_from_codes(
     nibbles: UInt8[Array, "E N K"],
-    scale_words: UInt32[Array, "E N C"],
+    scale_words: UInt32[Array, "E N C W"],
     k_order: str,
     word_bytes: Callable[[UInt8[Array, "..."]], UInt8[Array, "..."]],
-) -> UInt8[Array, "E R C 4352"]:
+) -> UInt8[Array, "E R C B"]:
     """Lays out codes and scale words as records.
 
     Args:
       nibbles: codes in 0..15; N a multiple of 64, K of 128.
-      scale_words: one word per (row, K-block); C = K / 128.
+      scale_words: W words per (row, K-block); C = K / 128.
       k_order: the digits of a logical k inside its K-block, e.g. "t p q h b" (a format's trait).
       word_bytes: the four bytes of eight codes [..., half, byte] (a format's trait).
 
@@ -78,7 +81,9 @@ def record_from_codes(
     codes = einops.rearrange(
         word_bytes(by_word), "e r c p w g t q s byte -> e r c (p w g t q s byte)"
     )
-    words = einops.rearrange(scale_words, "e (r w s g) c -> e r c (w g s)", **_sizes("wsg"))
+    words = einops.rearrange(
+        scale_words, "e (r w s g) c word -> e r c (w g s word)", **_sizes("wsg")
+    )
     scales = einops.rearrange(
         jax.lax.bitcast_convert_type(words, jnp.uint8), "e r c word byte -> e r c (word byte)"
     )
@@ -86,10 +91,10 @@ def record_from_codes(
 
 
 def codes_from_record(
-    records: UInt8[Array, "E R C 4352"],
+    records: UInt8[Array, "E R C B"],
     k_order: str,
     codes_from_word_bytes: Callable[[UInt8[Array, "..."]], UInt8[Array, "..."]],
-) -> tuple[UInt8[Array, "E N K"], UInt32[Array, "E N C"]]:
+) -> tuple[UInt8[Array, "E N K"], UInt32[Array, "E N C W"]]:
     """The inverse of :func:`record_from_codes`."""
     codes = einops.rearrange(
         records[..., :CODE_BYTES],
@@ -105,7 +110,8 @@ def codes_from_record(
         einops.rearrange(records[..., CODE_BYTES:], "e r c (word byte) -> e r c word byte", byte=4),
         jnp.uint32,
     )
-    return nibbles, einops.rearrange(words, "e r c (w g s) -> e (r w s g) c", **_sizes("wgs"))
+    by_row = einops.rearrange(words, "e r c (w g s word) -> e (r w s g) c word", **_sizes("wgs"))
+    return nibbles, by_row
 
 
 def _sizes(digits: str) -> dict[str, int]:

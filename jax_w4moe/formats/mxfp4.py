@@ -28,7 +28,7 @@ _INDEX_SHIFTS = tuple(4 * group + 3 for group in range(_GROUPS))
 _BASE_SHIFT = 23
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Mxfp4(WeightFormat):
     """The MXFP4 format; use the instance :data:`jax_w4moe.MXFP4`."""
 
@@ -38,6 +38,7 @@ class Mxfp4(WeightFormat):
     code_dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float4_e2m1fn))
     # All 32 codes that a thread holds of one row are one scale group: it needs two tables a record.
     k_order: str = "t p q h b"
+    scale_words: int = 1
 
     def canonical_scales(self, scales: Shaped[Array, "*rest G"]) -> UInt8[Array, "*rest G"]:
         """E8M0 bytes from uint8, float8_e8m0fnu, or f32 powers of two (all else gives 255)."""
@@ -84,9 +85,9 @@ class Mxfp4(WeightFormat):
         groups = codes.reshape(*codes.shape[:-1], -1, self.group_size)
         return _ldexp_e2m1(groups, scales[..., None]).reshape(codes.shape)
 
-    def scale_words(
+    def words_from_scales(
         self, codes: UInt8[Array, "*rest K"], scales: UInt8[Array, "*rest G"]
-    ) -> tuple[UInt32[Array, "*rest C"], Int32[Array, "*rest C"]]:
+    ) -> tuple[UInt32[Array, "*rest C 1"], Int32[Array, "*rest C"]]:
         """See the module's head for the bits. A group outside the window gets index 0 (zero)."""
         live = jnp.any((codes & 7).reshape(*scales.shape, self.group_size) != 0, axis=-1)
         live, exponent = _by_block(live), _by_block(scales).astype(jnp.int32)
@@ -99,10 +100,11 @@ class Mxfp4(WeightFormat):
         word = base << _BASE_SHIFT
         for group, shift in enumerate(_INDEX_SHIFTS):
             word |= fields[..., group] << shift
-        return word, jnp.sum(live & ~legal, axis=-1, dtype=jnp.int32)
+        return word[..., None], jnp.sum(live & ~legal, axis=-1, dtype=jnp.int32)
 
-    def scales_from_words(self, words: UInt32[Array, "*rest C"]) -> UInt8[Array, "*rest G"]:
+    def scales_from_words(self, words: UInt32[Array, "*rest C 1"]) -> UInt8[Array, "*rest G"]:
         """Scale bytes; all-zero groups come back as 127 (a scale of one)."""
+        words = words[..., 0]
         base = (words >> _BASE_SHIFT).astype(jnp.int32)
         index = jnp.stack([words >> s & 15 for s in _INDEX_SHIFTS], axis=-1).astype(jnp.int32)
         byte = jnp.where(index == 0, _ONE, index + base[..., None] - 9)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from jax_w4moe import _ffi
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation
 from jax_w4moe.ops import experts as operands
 from jax_w4moe.ops import tiles
+from jax_w4moe.quantization import ScaleRule
 from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -28,7 +29,8 @@ def expert_mlp_cuda(
     experts: PackedExperts,
     group_sizes: Int32[Array, "E"],
     act_dtype: Any,
-    activation: SwiGLU,
+    act_scale: ScaleRule,
+    activation: Activation,
     tactic: Tactic,
 ) -> Array:
     """The two projections of every group's expert with the activation between them.
@@ -40,6 +42,7 @@ def expert_mlp_cuda(
       experts: packed experts.
       group_sizes: rows per expert.
       act_dtype: float8_e4m3fn, or bfloat16 for rows of bf16.
+      act_scale: the rule of FP8 scales.
       activation: the gated activation.
       tactic: how the kernels go about it.
 
@@ -61,7 +64,8 @@ def expert_mlp_cuda(
         operands.or_nothing(scales),
         *operands.operands(experts),
         group_sizes,
-        **operands.attributes(experts, act_dtype, activation, tactic),
-        rows_per_expert=shape[1] if masked else 0,
+        **operands.attributes(
+            experts, act_dtype, act_scale, activation, tactic, shape[1] if masked else 0
+        ),
     )
     return out.reshape(shape)

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation, SiTU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.ops import tiles
+from jax_w4moe.quantization import ScaleRule, Static
 from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -40,14 +41,33 @@ def or_nothing(array: jax.Array | None) -> jax.Array:
 
 
 def attributes(
-    experts: PackedExperts, act_dtype: Any, activation: SwiGLU, tactic: Tactic
+    experts: PackedExperts,
+    act_dtype: Any,
+    act_scale: ScaleRule,
+    activation: Activation,
+    tactic: Tactic,
+    rows_per_expert: int = 0,
 ) -> dict[str, Any]:
-    """What the handlers are told beside their operands."""
+    """What the handlers are told beside their operands, by the names in csrc/ffi/experts.h."""
+    if isinstance(activation, SiTU):
+        kind, parameters = 1, (activation.gate_bound, activation.up_bound, 0.0)
+    else:
+        limit = float("inf") if activation.limit is None else activation.limit
+        kind, parameters = 0, (activation.alpha, activation.beta, limit)
     return {
         "format": experts.format.name,
         "is_bf16": tiles.is_bf16(act_dtype),
-        "alpha": activation.alpha,
-        "beta": activation.beta,
-        "limit": float("inf") if activation.limit is None else activation.limit,
+        "activation": kind,
+        **{f"activation_{name}": p for name, p in zip("abc", parameters, strict=True)},
+        **scale_attributes(act_scale),
+        "h_scale": act_scale.h_scale if isinstance(act_scale, Static) else 0.0,
         "tile_tokens": tactic.tile_tokens,
+        "rows_per_expert": rows_per_expert,
     }
+
+
+def scale_attributes(rule: ScaleRule) -> dict[str, Any]:
+    """The rule of x's scales, as handlers know it."""
+    if isinstance(rule, Static):
+        return {"pow2_scales": False, "x_scale": rule.x_scale}
+    return {"pow2_scales": rule.pow2, "x_scale": 0.0}

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from jax_w4moe import _ffi
-from jax_w4moe.activations import SwiGLU
+from jax_w4moe.activations import Activation
 from jax_w4moe.ops import experts as operands
 from jax_w4moe.ops import tiles
+from jax_w4moe.quantization import ScaleRule
 from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -42,7 +43,8 @@ def fused_moe_cuda(
     topk_ids: Int32[Array, "T k"],
     topk_weights: Float32[Array, "T k"],
     act_dtype: Any,
-    activation: SwiGLU,
+    act_scale: ScaleRule,
+    activation: Activation,
     tactic: Tactic,
 ) -> BFloat16[Array, "T H"]:
     """The layer; its rounding points are R1 to R6 of ``docs/numerics.md``.
@@ -54,6 +56,7 @@ def fused_moe_cuda(
       topk_ids: expert ids; outside [0, E) means none.
       topk_weights: routing weights.
       act_dtype: float8_e4m3fn; or bfloat16, which leaves out R1 and R4 and wants x as bf16.
+      act_scale: the rule of FP8 scales.
       activation: the gated activation.
       tactic: how the kernels go about it.
 
@@ -73,6 +76,6 @@ def fused_moe_cuda(
         *operands.operands(experts),
         topk_ids,
         topk_weights,
-        **operands.attributes(experts, act_dtype, activation, tactic),
+        **operands.attributes(experts, act_dtype, act_scale, activation, tactic),
     )
     return y

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_w4moe import _ffi
 from jax_w4moe.ops import tiles
-from jax_w4moe.ops.experts import or_nothing
+from jax_w4moe.ops.experts import or_nothing, scale_attributes
+from jax_w4moe.quantization import ScaleRule
 from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedTensor
 
@@ -28,6 +29,7 @@ def grouped_matmul_cuda(
     rhs: PackedTensor,
     group_sizes: Int32[Array, "E"],
     act_dtype: Any,
+    act_scale: ScaleRule,
     out_dtype: jnp.dtype,
     tactic: Tactic,
 ) -> Array:
@@ -40,6 +42,7 @@ def grouped_matmul_cuda(
       rhs: one packed projection.
       group_sizes: rows per expert.
       act_dtype: float8_e4m3fn, or bfloat16 for rows of bf16.
+      act_scale: the rule of FP8 scales.
       out_dtype: bfloat16 or float32.
       tactic: how the kernel goes about it.
 
@@ -61,6 +64,7 @@ def grouped_matmul_cuda(
         group_sizes,
         format=rhs.format.name,
         is_bf16=tiles.is_bf16(act_dtype),
+        **scale_attributes(act_scale),
         gate_up=rhs.row_order == "gate_up",
         tile_tokens=tactic.tile_tokens,
     )

@@ -10,7 +10,7 @@ TILE_TOKENS = (64, 96, 128, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
 
-BF16_TILE_TOKENS = (64, 128, 192)
+BF16_TILE_TOKENS = (64, 192)
 """The same for bf16 activations."""
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h

@@ -1,9 +1,11 @@
 """The packed bytes land where a kernel's threads read them: a numpy model of the WGMMA operand.
 
 Nothing here uses the packer's own index arithmetic. The model reads a record as a thread does (two
-16-byte loads, one 8-byte load), decodes as a thread does (mask, PRMT, shifts, signs), and puts the
+16-byte loads, and its scales), decodes as a thread does (mask, PRMT, shifts, signs), and puts the
 four bytes of each register where PTX says that matrix A of wgmma.m64nNk32 has them.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +14,7 @@ import pytest
 
 import jax_w4moe as w4
 from jax_w4moe.formats import formats
-from jax_w4moe.formats.layout import RECORD_BYTES
+from jax_w4moe.formats.layout import record_bytes
 from tests.helpers import data
 from tests.helpers.oracle import DEQUANTIZE, E2M1, dequantize_mxfp4
 
@@ -43,37 +45,59 @@ def _decode_int4(code: int, _scale_word: int, _quad: int) -> list[int]:
     ]
 
 
-DECODE = {
-    "mxfp4": (_decode_mxfp4, 0x7F800000),  # and the mask of a scale word's f32
-    "int4_g128": (_decode_int4, 0xFFFFFFFF),
+def _masked_scales(mask: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A scale word's f32, for all instructions."""
+    return lambda words: np.repeat((words & np.uint32(mask)).view(np.float32), 4)
+
+
+def _bf16_scales(words: np.ndarray) -> np.ndarray:
+    """Two words of two bf16 each, one for each instruction."""
+    return words.view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _by_lane(j: np.ndarray, h: np.ndarray, t: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return 32 * t + 8 * j + 4 * h + b
+
+
+def _in_order(j: np.ndarray, h: np.ndarray, t: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return 32 * j + 16 * h + 4 * t + b
+
+
+# What the kernel of each format does: decode codes, take the f32 scale of each of four instructions
+# from a row's words, and the k of instruction j, half h, quad lane t, byte b.
+KERNELS = {
+    "mxfp4": (_decode_mxfp4, _masked_scales(0x7F800000), _by_lane),
+    "int4_g128": (_decode_int4, _masked_scales(0xFFFFFFFF), _by_lane),
+    "int4_g32": (_decode_int4, _bf16_scales, _in_order),
 }
 
 
 def _registers(
     record: bytes, thread: int, format: w4.WeightFormat
-) -> tuple[np.ndarray, list[np.float32]]:
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """What thread 0..127 of a warpgroup holds: A registers [4 instructions, 4 registers, 4 bytes]
-    as E4M3 bytes, and the f32 scales of its rows g and g + 8."""
+    as E4M3 bytes, and the f32 scales [4 instructions] of its rows g and g + 8."""
     warp, lane = divmod(thread, 32)
     group, quad = divmod(lane, 4)
-    decode, mask = DECODE[format.name]
+    decode, scales, _ = KERNELS[format.name]
     words = np.frombuffer(record, np.uint32)
     plane0 = words[thread * 4 : thread * 4 + 4]
     plane1 = words[(2048 + thread * 16) // 4 :][:4]
     codes = [int(c) for c in (*plane0, *plane1)]
-    scale_words = [int(w) for w in words[(4096 + (8 * warp + group) * 8) // 4 :][:2]]
+    each = format.scale_words
+    first = 4096 // 4 + (8 * warp + group) * 2 * each
+    scale_words = [words[first : first + each], words[first + each : first + 2 * each]]
     registers = np.zeros((4, 4), np.uint32)
     for instruction in range(4):
         for high in range(2):
             code = codes[2 * instruction + high]
-            registers[instruction, high::2] = decode(code, scale_words[high], quad)
-    scales = [np.uint32(w & mask).view(np.float32) for w in scale_words]
-    return registers.view(np.uint8).reshape(4, 4, 4), scales
+            registers[instruction, high::2] = decode(code, int(scale_words[high][0]), quad)
+    return registers.view(np.uint8).reshape(4, 4, 4), [scales(w) for w in scale_words]
 
 
-def _matrix_a(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> tuple[np.ndarray, np.ndarray]:
-    """The 64 x 128 operand in hardware K order, and the 64 row scales."""
-    matrix, scales = np.full((64, 128), np.nan), np.full(64, np.nan)
+def _weights(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> np.ndarray:
+    """The 64 x 128 weights in logical K order: operands times scales."""
+    matrix, scales = np.full((64, 128), np.nan), np.full((64, 4), np.nan)
     for thread in range(128):
         registers, row_scales = _registers(record, thread, format)
         values = registers.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
@@ -86,14 +110,16 @@ def _matrix_a(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> tuple[np.nda
                 column = 32 * instruction + 4 * quad + 16 * (register // 2)
                 matrix[row, column : column + 4] = values[instruction, register]
         scales[16 * warp + group], scales[16 * warp + group + 8] = row_scales
-    return matrix, scales
+    logical = np.empty_like(matrix)
+    logical[:, _logical_k(format)] = matrix * np.repeat(scales, 32, axis=1)
+    return logical
 
 
-def _logical_k() -> np.ndarray:
-    """Hardware position (instruction j, half h, quad lane t, byte b) -> 32t + 8j + 4h + b."""
+def _logical_k(format: w4.WeightFormat) -> np.ndarray:
+    """The k of every hardware position (instruction j, half h, quad lane t, byte b)."""
     position = np.arange(128)
-    j, h, t, b = position // 32, position // 16 % 2, position // 4 % 4, position % 4
-    return 32 * t + 8 * j + 4 * h + b
+    digits = position // 32, position // 16 % 2, position // 4 % 4, position % 4
+    return KERNELS[format.name][2](*digits)
 
 
 @pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
@@ -106,21 +132,18 @@ def test_every_thread_decodes_its_fragment(
     expected = DEQUANTIZE[format.name](codes, scales)
     assert set((codes & 15).flat) == set(range(16))
     records = np.asarray(w4.pack(q).data)
-    assert records.shape == (2, 2, 2, RECORD_BYTES)
+    assert records.shape == (2, 2, 2, record_bytes(format.scale_words))
     for expert, block, k_block in np.ndindex(2, 2, 2):
         record = records[expert, block, k_block].tobytes()
-        matrix, row_scales = _matrix_a(record, format)
-        logical = np.empty_like(matrix)
-        logical[:, _logical_k()] = matrix * row_scales[:, None]
         part = expected[expert, 64 * block : 64 * block + 64, 128 * k_block : 128 * k_block + 128]
-        np.testing.assert_array_equal(logical, part)
+        np.testing.assert_array_equal(_weights(record, format), part)
 
 
-def test_one_thread_meets_one_scale_group_per_row() -> None:
-    """The reason for the K order: all 32 codes a thread has of a row share a scale."""
-    group_of_position = _logical_k() // 32
-    quad_of_position = np.arange(128) // 4 % 4
-    assert (group_of_position == quad_of_position).all()
+def test_one_scale_group_is_one_lane_or_one_instruction() -> None:
+    """The reason for the K orders: codes that share a scale meet."""
+    position = np.arange(128)
+    assert (_logical_k(w4.MXFP4) // 32 == position // 4 % 4).all()
+    assert (_logical_k(w4.INT4_G32) // 32 == position // 32).all()
 
 
 def test_gate_and_up_meet_in_one_thread(rng: np.random.Generator) -> None:
@@ -131,9 +154,7 @@ def test_gate_and_up_meet_in_one_thread(rng: np.random.Generator) -> None:
     records = np.asarray(w4.pack(q, row_order="gate_up").data)[0]
     assert records.shape[:2] == (8, 1)
     for block in range(8):
-        matrix, scales = _matrix_a(records[block, 0].tobytes())
-        logical = np.empty_like(matrix)
-        logical[:, _logical_k()] = matrix * scales[:, None]
+        logical = _weights(records[block, 0].tobytes())
         for warp, group in np.ndindex(4, 8):
             j = 32 * block + 8 * warp + group
             gate, up = logical[16 * warp + group], logical[16 * warp + group + 8]

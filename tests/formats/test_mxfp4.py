@@ -49,7 +49,7 @@ def test_quantize_keeps_every_spread_packable() -> None:
     weights[0, 32:64] = 2.0**-30
     weights[0, 64:96] = 0.0
     codes, scales = MXFP4.quantize(jnp.asarray(weights))
-    _, inexact = MXFP4.scale_words(codes, scales)
+    _, inexact = MXFP4.words_from_scales(codes, scales)
     assert int(inexact.sum()) == 0
     assert np.asarray(scales).tolist() == [[125, 111, 127, 125]]
 
@@ -59,8 +59,8 @@ def test_scale_word_holds_the_weights_exactly() -> None:
     for lowest in (0, 1, 5, 100, 240):
         scales = np.array([[lowest, lowest + 14, lowest + 7, lowest + 1]], np.uint8)
         codes = np.tile(np.arange(16, dtype=np.uint8), 8)[None]
-        words, inexact = MXFP4.scale_words(jnp.asarray(codes), jnp.asarray(scales))
-        word = int(np.asarray(words)[0, 0])
+        words, inexact = MXFP4.words_from_scales(jnp.asarray(codes), jnp.asarray(scales))
+        word = int(np.asarray(words)[0, 0, 0])
         assert int(inexact.sum()) == 0
         assert word & ~0x7F87FFF8 == 0  # reserved bits are zero
         row_scale = np.float64(np.uint32(word & 0x7F800000).view(np.float32))
@@ -78,7 +78,7 @@ def test_scale_word_holds_the_weights_exactly() -> None:
 )
 def test_what_cannot_be_exact_is_counted(scales: list[int], count: int) -> None:
     codes = jnp.full((1, 128), 3, jnp.uint8)
-    _, inexact = MXFP4.scale_words(codes, jnp.asarray([scales], jnp.uint8))
+    _, inexact = MXFP4.words_from_scales(codes, jnp.asarray([scales], jnp.uint8))
     if 255 in scales:
         assert int(inexact[0, 0]) >= 1
     else:
@@ -87,7 +87,7 @@ def test_what_cannot_be_exact_is_counted(scales: list[int], count: int) -> None:
 
 def test_a_zero_group_may_have_any_scale() -> None:
     codes = jnp.concatenate([jnp.full((1, 96), 3, jnp.uint8), jnp.full((1, 32), 8, jnp.uint8)], 1)
-    words, inexact = MXFP4.scale_words(codes, jnp.asarray([[120, 121, 122, 0]], jnp.uint8))
+    words, inexact = MXFP4.words_from_scales(codes, jnp.asarray([[120, 121, 122, 0]], jnp.uint8))
     assert int(inexact[0, 0]) == 0
     assert np.asarray(MXFP4.scales_from_words(words)).tolist() == [[120, 121, 122, 127]]
 

@@ -19,13 +19,19 @@ def dequantize_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def dequantize_int4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """u8[..., K/2] two's complement codes and float[..., K/128] scales -> float64[..., K]."""
+    """u8[..., K/2] two's complement codes and float[..., K/group] scales -> float64[..., K]."""
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
     values = np.where(nibbles > 7, nibbles - 16.0, nibbles)
-    return values * np.repeat(scales.astype(np.float64), 128, axis=-1)
+    return values * np.repeat(
+        scales.astype(np.float64), nibbles.shape[-1] // scales.shape[-1], axis=-1
+    )
 
 
-DEQUANTIZE = {"mxfp4": dequantize_mxfp4, "int4_g128": dequantize_int4}
+DEQUANTIZE = {
+    "mxfp4": dequantize_mxfp4,
+    "int4_g128": dequantize_int4,
+    "int4_g32": dequantize_int4,
+}
 
 
 def moe(

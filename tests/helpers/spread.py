@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_w4moe as w4
 from jax_w4moe.formats import formats
-from jax_w4moe.formats.layout import RECORD_BYTES
+from jax_w4moe.formats.layout import record_bytes
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
 from tests.helpers.meshes import AXES, make_mesh, named
@@ -202,7 +202,7 @@ def check(case: Case) -> None:
     if jax.default_backend() == "cpu":  # XLA for GPUs may order and nest them otherwise
         assert kinds(compiled) == case.collectives
     assert sorted(kinds(compiled)) == sorted(case.collectives)
-    assert not any(str(RECORD_BYTES) in types for _, types in found)
+    assert not any(str(record_bytes(case.format.scale_words)) in types for _, types in found)
     if case.token_axes and case.exchange != "dispatch":
         value = H + 4 if case.act_dtype == FP8 else 2 * H  # FP8 values have a scale
         assert any(f"u8[{T},{value + 4 * K + 4 * K}]" in types for _, types in found)
