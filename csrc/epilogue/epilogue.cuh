@@ -15,21 +15,29 @@ struct Epilogue {
   Gated gated;
   ScaledStore store;
 
-  // Whether results go through shared memory: Finish stages them, and another warp stores them.
+  // Whether results go through shared memory: staged by the warpgroup, stored by another warp.
   __device__ __forceinline__ bool IsStaged() const { return kind != EpilogueKind::kStoreF32; }
 
-  template <int kTokens>
-  __device__ __forceinline__ void Finish(float (&acc)[kTokens / 2],
-                                         const EpilogueTile& tile) const {
-    if (kind == EpilogueKind::kGated) {
-      gated.template Stage<kTokens>(acc, tile);
-      return;
-    }
-    store.template Scale<kTokens>(acc, tile);
-    if (IsStaged()) {
-      store.template Stage<kTokens>(acc, tile);
+  // Calls f with what finishes a tile, finish(width, acc, tile) with the width as a constant: one
+  // branch for all sub-tiles of an item.
+  template <typename F>
+  __device__ __forceinline__ void WithKind(const F& f) const {
+    if (kind == EpilogueKind::kGated && gated.activation.kind == ActivationKind::kSwiGlu) {
+      f([&](auto width, auto& acc, const EpilogueTile& tile) {
+        gated.template Stage<width>(acc, tile, SwiGlu(gated.activation));
+      });
+    } else if (kind == EpilogueKind::kGated) {
+      f([&](auto width, auto& acc, const EpilogueTile& tile) {
+        gated.template Stage<width>(acc, tile, SiTu(gated.activation));
+      });
+    } else if (IsStaged()) {
+      f([&](auto width, auto& acc, const EpilogueTile& tile) {
+        store.template Stage<width>(acc, tile);
+      });
     } else {
-      store.template Store<kTokens>(acc, tile);
+      f([&](auto width, auto& acc, const EpilogueTile& tile) {
+        store.template Store<width>(acc, tile);
+      });
     }
   }
   // A warp stores what was staged of a job.

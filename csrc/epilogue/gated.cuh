@@ -10,6 +10,44 @@
 
 namespace jax_w4moe {
 
+// 1 / (1 + 2^x).
+__device__ __forceinline__ float LogisticOfLog2(float x) {
+  return ptx::Reciprocal(1.0f + ptx::Exp2(x));
+}
+inline constexpr float kLog2E = 1.44269504f;
+
+struct SwiGlu {
+  float log2_factor, beta, limit;
+  bool clamps;
+
+  __device__ __forceinline__ explicit SwiGlu(const Activation& a)
+      : log2_factor(-a.parameters[0] * kLog2E),
+        beta(a.parameters[1]),
+        limit(a.parameters[2]),
+        clamps(limit < INFINITY) {}
+  __device__ __forceinline__ float operator()(float gate, float up) const {
+    if (clamps) {
+      gate = ptx::MinNan(gate, limit);
+      up = ptx::MinNan(ptx::MaxNan(up, -limit), limit);
+    }
+    return gate * LogisticOfLog2(log2_factor * gate) * (up + beta);
+  }
+};
+
+struct SiTu {
+  float gate_bound, up_bound, inv_gate_bound, inv_up_bound;
+
+  __device__ __forceinline__ explicit SiTu(const Activation& a)
+      : gate_bound(a.parameters[0]),
+        up_bound(a.parameters[1]),
+        inv_gate_bound(1.0f / gate_bound),
+        inv_up_bound(1.0f / up_bound) {}
+  __device__ __forceinline__ float operator()(float gate, float up) const {
+    return gate_bound * ptx::Tanh(gate * inv_gate_bound) * LogisticOfLog2(-kLog2E * gate) *
+           (up_bound * ptx::Tanh(up * inv_up_bound));
+  }
+};
+
 struct Gated {
   __nv_bfloat16* h;   // [M, width], width = 32 per slab: the padded intermediate size
   const float* bias;  // [E, slabs, 64] in the order of the records' rows, or null
@@ -18,32 +56,24 @@ struct Gated {
 
   static constexpr int kChunks = 4;  // of 16 bytes that a token has in a tile
 
-  template <int kTokens>
-  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+  // act: of the two above.
+  template <int kTokens, typename Act>
+  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile,
+                                        const Act& act) const {
     float gate_bias = 0.0f, up_bias = 0.0f;
     if (bias) {
       const float* rows = bias + (int64_t{tile.expert} * slabs + tile.slab) * 64;
       gate_bias = rows[tile.Row(0)];
       up_bias = rows[tile.Row(2)];
     }
-    const float (&p)[3] = activation.parameters;
-    if (activation.kind == ActivationKind::kSwiGlu) {
-      const float log2_factor = -p[0] * 1.44269504f, beta = p[1], limit = p[2];
-      const bool clamps = limit < INFINITY;
-      Apply<kTokens>(acc, tile, gate_bias, up_bias, [&](float gate, float up) {
-        if (clamps) {
-          gate = ptx::MinNan(gate, limit);
-          up = ptx::MinNan(ptx::MaxNan(up, -limit), limit);
-        }
-        return gate * Sigmoid(log2_factor * gate) * (up + beta);
-      });
-    } else {
-      const float gate_bound = p[0], up_bound = p[1];
-      const float inv_gate_bound = 1.0f / gate_bound, inv_up_bound = 1.0f / up_bound;
-      Apply<kTokens>(acc, tile, gate_bias, up_bias, [&](float gate, float up) {
-        return gate_bound * ptx::Tanh(gate * inv_gate_bound) * Sigmoid(-1.44269504f * gate) *
-               (up_bound * ptx::Tanh(up * inv_up_bound));
-      });
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; i += 4) {
+      const float2 scales = tile.Scales(i);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float scale = j ? scales.y : scales.x;
+        acc[i + j] = act(acc[i + j] * scale + gate_bias, acc[i + j + 2] * scale + up_bias);
+      }
     }
     StageTransposed<kTokens, 1>(
         tile, [&](int group, int) { return PackBf16(acc[group * 4], acc[group * 4 + 1]); });
@@ -51,26 +81,6 @@ struct Gated {
 
   __device__ __forceinline__ StoreTarget Target(int64_t row, int slab, int chunk) const {
     return {reinterpret_cast<uint8_t*>(h + (row * slabs + slab) * 32 + chunk * 8), slabs * 64};
-  }
-
- private:
-  // h in place of gate.
-  template <int kTokens, typename F>
-  static __device__ __forceinline__ void Apply(float (&acc)[kTokens / 2], const EpilogueTile& tile,
-                                               float gate_bias, float up_bias, const F& gated) {
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; i += 4) {
-      const float2 scales = tile.Scales(i);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float scale = j ? scales.y : scales.x;
-        acc[i + j] = gated(acc[i + j] * scale + gate_bias, acc[i + j + 2] * scale + up_bias);
-      }
-    }
-  }
-  // 1 / (1 + 2^x).
-  static __device__ __forceinline__ float Sigmoid(float x) {
-    return ptx::Reciprocal(1.0f + ptx::Exp2(x));
   }
 };
 

@@ -13,7 +13,41 @@ struct ScaledStore {
 
   static constexpr int kChunks = 8;  // of 16 bytes that a token has in a tile of bf16
 
-  // In place, before either of the two below.
+  // bf16: to shared memory.
+  template <int kTokens>
+  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+    Scale<kTokens>(acc, tile);
+    StageTransposed<kTokens, 2>(tile, [&](int group, int octet) {
+      return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
+    });
+  }
+  __device__ __forceinline__ StoreTarget Target(int64_t row, int slab, int chunk) const {
+    const int column = Octet(slab, chunk);
+    uint8_t* to = static_cast<uint8_t*>(out) + (row * num_columns + column) * 2;
+    return {column < num_columns ? to : nullptr, num_columns * 2};
+  }
+
+  // f32: from registers; eight lanes write 32 bytes of a token.
+  template <int kTokens>
+  __device__ __forceinline__ void Store(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
+    Scale<kTokens>(acc, tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = Column(tile, half);
+      if (column >= num_columns) continue;
+      float* to =
+          static_cast<float*>(out) + (tile.first_row + tile.Token(0)) * num_columns + column;
+      const int live = tile.live - tile.Token(0);
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; i += 4) {
+        if (i * 2 < live) to[0] = acc[i + 2 * half];
+        if (i * 2 + 1 < live) to[num_columns] = acc[i + 2 * half + 1];
+        to += 8 * num_columns;
+      }
+    }
+  }
+
+ private:
   template <int kTokens>
   __device__ __forceinline__ void Scale(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
     const float* expert_bias = bias + int64_t{tile.expert} * num_columns;
@@ -33,39 +67,6 @@ struct ScaledStore {
     }
   }
 
-  // bf16: to shared memory.
-  template <int kTokens>
-  __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
-    StageTransposed<kTokens, 2>(tile, [&](int group, int octet) {
-      return PackBf16(acc[group * 4 + octet * 2], acc[group * 4 + octet * 2 + 1]);
-    });
-  }
-  __device__ __forceinline__ StoreTarget Target(int64_t row, int slab, int chunk) const {
-    const int column = Octet(slab, chunk);
-    uint8_t* to = static_cast<uint8_t*>(out) + (row * num_columns + column) * 2;
-    return {column < num_columns ? to : nullptr, num_columns * 2};
-  }
-
-  // f32: from registers; eight lanes write 32 bytes of a token.
-  template <int kTokens>
-  __device__ __forceinline__ void Store(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = Column(tile, half);
-      if (column >= num_columns) continue;
-      float* to =
-          static_cast<float*>(out) + (tile.first_row + tile.Token(0)) * num_columns + column;
-      const int live = tile.live - tile.Token(0);
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; i += 4) {
-        if (i * 2 < live) to[0] = acc[i + 2 * half];
-        if (i * 2 + 1 < live) to[num_columns] = acc[i + 2 * half + 1];
-        to += 8 * num_columns;
-      }
-    }
-  }
-
- private:
   // The canonical column of a thread's row g (half 0) or g + 8 (half 1).
   __device__ __forceinline__ int Column(const EpilogueTile& tile, int half) const {
     return Octet(tile.slab, tile.Row(2 * half) / 8) + tile.Row(0) % 8;

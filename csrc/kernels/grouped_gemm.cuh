@@ -219,14 +219,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           job.live = tile.live;
         }
       }
+      epilogue.WithKind([&](const auto& finish) {
 #pragma unroll
-      for (int n = 0; n < kSubtiles; ++n) {
-        epilogue.template Finish<kWidth>(acc[n], tile);
-        tile.live -= kWidth;
-        tile.first_row += kWidth;
-        tile.scales += kWidth * 4;
-        tile.staged += kWidth;
-      }
+        for (int n = 0; n < kSubtiles; ++n) {
+          finish(width, acc[n], tile);
+          tile.live -= kWidth;
+          tile.first_row += kWidth;
+          tile.scales += kWidth * 4;
+          tile.staged += kWidth;
+        }
+      });
       if (epilogue.IsStaged()) hand_over();
     });
     odd ^= 1;
