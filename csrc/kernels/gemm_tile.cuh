@@ -61,17 +61,26 @@ struct GroupedGemmTile {
   static_assert(kItemsAt % 16 == 0, "items are aligned");
   static_assert(kBarriersAt + 16 * (kStages + kWarpgroups) == kSharedBytes, "nothing else");
 
-  // Sub-tiles are compiled for multiples of 8 tokens; two of them have enough to do from 32 on.
+  // The widths that sub-tiles are compiled for, of the multiples of 8: all where products bound the
+  // time, else every other. Two sub-tiles have enough to do from 32 on.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
-  // Calls f with such a width as a constant.
+  template <int kWidth>
+  static constexpr bool kIsCompiled =
+      kWidth % 16 == 0 || kWidth == 8 || (kPanels == 1 && (kWidth == 24 || kWidth > 64));
+  // Calls f with the least such width that is not below `width`, as a constant.
   template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {
-    if (width == kWidth) {
+    if constexpr (!kIsCompiled<kWidth>) {
+      WithWidth<kWidth + 8>(width, f);
+    } else if constexpr (kWidth == kMaxWidth) {
       f(std::integral_constant<int, kWidth>{});
-    } else if constexpr (kWidth < kMaxWidth) {
+    } else if (width <= kWidth) {
+      f(std::integral_constant<int, kWidth>{});
+    } else {
       WithWidth<kWidth + 8>(width, f);
     }
   }
+  static_assert(kIsCompiled<kMaxWidth>, "or a full sub-tile has none");
 };
 
 }  // namespace jax_w4moe

@@ -8,7 +8,7 @@ import jax
 
 from jax_w4moe import implementation
 from jax_w4moe.tuning import model, winners
-from jax_w4moe.tuning.problem import Problem, Tactic, check
+from jax_w4moe.tuning.problem import Problem, Tactic, alike, check
 from jax_w4moe.tuning.winners import Winner
 
 
@@ -48,8 +48,10 @@ def choose(problem: Problem, tactic: Tactic | None = None) -> Choice:
     if device is not None:
         if winner := loaded(device, problem):
             return Choice(winner.tactic, "autotune")
-        if winner := winners.shipped(device).get(problem.key()):
-            return Choice(winner.tactic, f"the measured table for {device}")
+        table = winners.shipped(device)
+        for measured in alike(problem):
+            if winner := table.get(measured):
+                return Choice(winner.tactic, f"the measured table for {device}")
     return Choice(model.best(problem), "the cost model")
 
 

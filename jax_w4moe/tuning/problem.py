@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jax_w4moe.formats import MXFP4
 from jax_w4moe.ops import tiles
 from jax_w4moe.types import PackedExperts, PackedTensor
 
@@ -33,6 +34,7 @@ class Problem:
       num_experts: E, on this device.
       num_rows: (token, slot) pairs, or rows. ``num_rows / num_experts`` are expected per expert.
       act_dtype: the name of what activations are rounded to.
+      format: the name of the weight format.
 
     Raises:
       ValueError: an unknown op.
@@ -44,6 +46,7 @@ class Problem:
     num_experts: int
     num_rows: int
     act_dtype: str = "float8_e4m3fn"
+    format: str = MXFP4.name
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -55,7 +58,7 @@ class Problem:
     ) -> "Problem":
         """A layer's, by its packed experts."""
         sizes = (experts.hidden_size, experts.intermediate_size, experts.w13.data.shape[0])
-        return cls(op, *sizes, num_rows, jnp.dtype(act_dtype).name)
+        return cls(op, *sizes, num_rows, jnp.dtype(act_dtype).name, experts.format.name)
 
     @classmethod
     def of_matmul(
@@ -63,12 +66,20 @@ class Problem:
     ) -> "Problem":
         """A grouped_matmul's."""
         sizes = (rhs.shape[2], rhs.shape[1], rhs.data.shape[0])
-        return cls("grouped_matmul", *sizes, num_rows, jnp.dtype(act_dtype).name)
+        names = (jnp.dtype(act_dtype).name, rhs.format.name)
+        return cls("grouped_matmul", *sizes, num_rows, *names)
 
     def key(self) -> "Problem":
         """The problem that measured times are filed under: rows rounded up to three bits."""
         step = 1 << max(0, self.num_rows.bit_length() - 3)
         return dataclasses.replace(self, num_rows=-(-self.num_rows // step) * step)
+
+
+def alike(problem: Problem) -> tuple[Problem, ...]:
+    """Problems whose measured times may be used, the best first: formats differ little."""
+    key = problem.key()
+    as_mxfp4 = dataclasses.replace(key, format=MXFP4.name)
+    return (key,) if key == as_mxfp4 else (key, as_mxfp4)
 
 
 def tactics(problem: Problem) -> tuple[Tactic, ...]:

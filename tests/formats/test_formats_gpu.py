@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,6 +105,68 @@ def test_layer_against_the_reference(
             assert relative_rms(y, expected) <= bound
     for _ in range(100):
         assert_bitwise(run(x, experts, ids, weights), everything)
+
+
+@every_act_dtype
+def test_every_scale_byte(act_dtype: jnp.dtype) -> None:
+    """A row of MXFP4 for each byte of which f32 holds 2**11 times the largest weight."""
+    scales = np.minimum(np.arange(256), 234).astype(np.uint8)
+    codes = np.tile(np.arange(16, dtype=np.uint8) * 17, (1, 256, 4))
+    scales = np.repeat(scales[None, :, None], 4, axis=2)
+    out = kernel(
+        jnp.eye(128).astype(act_dtype),
+        w4.pack(w4.QuantizedTensor(jnp.asarray(codes), jnp.asarray(scales), w4.MXFP4)),
+        jnp.asarray([128], jnp.int32),
+        act_dtype=act_dtype,
+        x_scale=1.0 if act_dtype == FP8 else None,
+        preferred_element_type=jnp.float32,
+    )
+    expected = DEQUANTIZE["mxfp4"](codes, scales)[0].T.astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(out), expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "num_experts", "top_k", "intermediate"),
+    [
+        (1, 128, 2, 2, 128),
+        (4, 128, 4, 2, 128),
+        (4, 768, 8, 2, 512),
+        (4, 2048, 8, 4, 1024),
+        (4, 4096, 8, 4, 2048),
+    ],
+)
+def test_bf16_activations_on_small_layers(
+    tokens: int, hidden: int, num_experts: int, top_k: int, intermediate: int
+) -> None:
+    """The sizes and scales of FlashInfer's tests of MXFP4 with bf16."""
+    rng = np.random.default_rng(0)
+    sizes = (2 * intermediate, hidden), (hidden, intermediate)
+    w13, w2 = (data.quantized(rng, (num_experts, *s), low=118, high=123) for s in sizes)
+    experts = w4.pack_experts(w4.ExpertWeights(w13, w2))
+    x = data.tokens(rng, tokens, hidden)
+    ids, weights = data.routing(rng, "random", tokens, num_experts, top_k)
+    y = layer(x, experts, ids, weights, act_dtype=BF16)
+    assert relative_rms(y, reference.fused_moe(x, experts, ids, weights)) <= BF16_RMS
+
+
+@every_format
+def test_one_copy_of_the_weights_prefills_in_fp8_and_decodes_in_bf16(
+    rng: np.random.Generator, format: w4.WeightFormat
+) -> None:
+    """Two programs on the same arrays, which neither copies."""
+    experts = data.packed_experts((256, 128, 4, 2), format=format)
+    calls = {
+        dtype: (data.tokens(rng, count, 256), *data.routing(rng, "random", count, 4, 2))
+        for dtype, count in ((FP8, 300), (BF16, 3))
+    }
+    for dtype, (x, ids, weights) in calls.items():
+        program = jax.jit(functools.partial(layer, act_dtype=dtype))
+        text = program.lower(x, experts, ids, weights).compile().as_text()
+        shape = ",".join(map(str, experts.w13.data.shape))
+        assert f"u8[{shape}]" in text and "copy" not in text
+        y = layer(x, experts, ids, weights, act_dtype=dtype)
+        expected = reference.fused_moe(x, experts, ids, weights)
+        assert relative_rms(y, expected) <= (BF16_RMS if dtype == BF16 else MIRRORED_RMS)
 
 
 def test_int4_with_an_empty_expert(rng: np.random.Generator) -> None:
