@@ -193,7 +193,7 @@ def test_what_lies_in_the_workspace_changes_nothing(num_tokens: int) -> None:
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(workspace.shape, jnp.uint8),
         ]
-        attrs = attributes(experts, jnp.float8_e4m3fn, w4.SwiGLU(), tactic)
+        attrs = attributes(experts, jnp.float8_e4m3fn, w4.PerToken(), w4.SwiGLU(), tactic)
         operands = (x, or_nothing(None), *expert_operands(experts), ids, weights)
         return _ffi.call("fused_moe", types, *operands, **attrs)
 

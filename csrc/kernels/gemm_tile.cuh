@@ -61,12 +61,12 @@ struct GroupedGemmTile {
   static_assert(kItemsAt % 16 == 0, "items are aligned");
   static_assert(kBarriersAt + 16 * (kStages + kWarpgroups) == kSharedBytes, "nothing else");
 
-  // The widths that sub-tiles are compiled for, of the multiples of 8: all where products bound the
-  // time, else every other. Two sub-tiles have enough to do from 32 on.
+  // The widths that sub-tiles are compiled for, of the multiples of 8: all of a single sub-tile,
+  // and with FP8 all of the large ones, else every other. Two have enough to do from 32 on.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
   template <int kWidth>
   static constexpr bool kIsCompiled =
-      kWidth % 16 == 0 || kWidth == 8 || (kPanels == 1 && (kWidth == 24 || kWidth > 64));
+      kSubtiles == 1 || kWidth % 16 == 0 || (kPanels == 1 && kWidth > 64);
   // Calls f with the least such width that is not below `width`, as a constant.
   template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {

@@ -1,6 +1,7 @@
 """The kernels on weights of every format: exact weights, the reference's values, the same bits."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def test_one_copy_of_the_weights_prefills_in_fp8_and_decodes_in_bf16(
         program = jax.jit(functools.partial(layer, act_dtype=dtype))
         text = program.lower(x, experts, ids, weights).compile().as_text()
         shape = ",".join(map(str, experts.w13.data.shape))
-        assert f"u8[{shape}]" in text and "copy" not in text
+        assert f"u8[{shape}]" in text and not re.search(r" copy[.(-]", text)
         y = layer(x, experts, ids, weights, act_dtype=dtype)
         expected = reference.fused_moe(x, experts, ids, weights)
         assert relative_rms(y, expected) <= (BF16_RMS if dtype == BF16 else MIRRORED_RMS)

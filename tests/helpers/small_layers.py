@@ -17,6 +17,7 @@ LAYERS = (  # H, I, E, k and the format
     ((256, 128, 4, 2), w4.MXFP4),
     ((96, 32, 5, 3), w4.MXFP4),
     ((256, 128, 4, 2), w4.INT4_G128),
+    ((96, 32, 5, 3), w4.INT4_G32),
 )
 NUM_TOKENS = (1, 9, 65, 700)  # the last is routed by several blocks
 
