@@ -21,14 +21,18 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 2048, 1024, 8, 2, 256
 OUTLIERS = 8
 
 
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """SiLU(gate) * up."""
+    return gate * (1 + np.tanh(gate / 2)) / 2 * up
+
+
 def oracle(x: np.ndarray, kernels: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
     """The layer in float64, every slot weighted with 1 / k."""
     y = np.zeros(x.shape)
     for expert, (gate, up, down) in enumerate(zip(*kernels, strict=True)):
         for slot in range(TOP_K):
             rows = np.flatnonzero(ids[:, slot] == expert)
-            g, u = (x[rows] @ kernel.T for kernel in (gate, up))
-            y[rows] += (g / (1 + np.exp(-g)) * u) @ down.T / TOP_K
+            y[rows] += swiglu(x[rows] @ gate.T, x[rows] @ up.T) @ down.T / TOP_K
     return y
 
 
@@ -36,8 +40,7 @@ def static_rule(x: np.ndarray, kernels: list[np.ndarray]) -> w4.Static:
     """The largest magnitudes of what each projection multiplies, as a calibration finds them."""
     largest = 0.0
     for gate, up in zip(*kernels[:2], strict=True):
-        g, u = x @ gate.T, x @ up.T
-        largest = max(largest, float(np.abs(g / (1 + np.exp(-g)) * u).max()))
+        largest = max(largest, float(np.abs(swiglu(x @ gate.T, x @ up.T)).max()))
     return w4.Static(float(np.abs(x).max()) / 448, largest / 448)
 
 
