@@ -1,7 +1,6 @@
 """``bench`` from end to end on the tiny layer, and how it fails."""
 
 import dataclasses
-import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,9 +138,13 @@ def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "us to dispatch a jitted fused_moe at T = 1, without waiting" in result.output
 
 
+def _short_program(op: Any, inputs: Any, shared: Any = (), calls: int = 1) -> timing.Program:
+    return timing.Program(op, inputs, shared, calls=1)
+
+
 def test_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
-    monkeypatch.setattr(spread, "Program", functools.partial(timing.Program, calls=1))
+    monkeypatch.setattr(spread, "Program", _short_program)
     monkeypatch.setattr(spread, "calls", lambda *arguments: layers.calls(*arguments)[:1])
     result = bench("--spread", "--tokens", "2", "--devices", "2")
     assert result.exit_code == 0, result.output
@@ -156,6 +159,8 @@ def test_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "LAYERS", 3)
     monkeypatch.setattr(stack, "SETS", 2)
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
+    monkeypatch.setattr(stack, "Program", _short_program)
+    monkeypatch.setattr(stack, "calls", lambda *arguments: layers.calls(*arguments)[:1])
     result = bench("--stack", "--tokens", "2")
     assert result.exit_code == 0, result.output
     assert "tiny, T = 2: " in result.output

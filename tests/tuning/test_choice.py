@@ -139,6 +139,15 @@ def test_shipped_tables() -> None:
     assert winners.shipped("an unknown ../device") == {}
 
 
+def test_a_format_without_times_of_its_own_takes_mxfp4s(h200: None) -> None:
+    sizes = (7168, 2048, 32, 8 * 1024)
+    of_mxfp4 = w4.tuning.choose(w4.Problem("fused_moe", *sizes))
+    assert "the measured table" in of_mxfp4.source
+    assert w4.tuning.choose(w4.Problem("fused_moe", *sizes, format="int4_g128")) == of_mxfp4
+    own = w4.tuning.choose(w4.Problem("fused_moe", *sizes, format="int4_g32"))
+    assert own.source == of_mxfp4.source and own.tactic != of_mxfp4.tactic
+
+
 @pytest.mark.parametrize("op", ["fused_moe", "expert_mlp", "grouped_matmul"])
 def test_tactic_reaches_the_kernel(call: Any, op: str) -> None:
     x, experts, ids, weights = call
