@@ -70,7 +70,7 @@ def fused_moe(
       activation: the gated activation between the projections.
       act_dtype: what activations are rounded to before each projection: jnp.float8_e4m3fn, or
         jnp.bfloat16 (no quantisation).
-      act_scale: the rule of the FP8 scales.
+      act_scale: the rule of the FP8 scales, ``PerToken`` or ``Static``.
       x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``; or f32[T, H / 128], a scale
         per 128 values, which are folded into one per token
         (:func:`jax_w4moe.quantization.fold_scales`).

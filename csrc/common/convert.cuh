@@ -1,7 +1,7 @@
-// Conversions between bf16, f32 and e4m3; plain functions on registers, no memory access.
+// Conversions between bf16, f32 and FP8; plain functions on registers, no memory access.
 //
-// The rounding is the hardware's cvt.rn.satfinite.e4m3x2.f32 (PTX ISA, "cvt"): round to nearest
-// even, finite values beyond +-448 saturate to +-448, NaN becomes NaN.
+// The rounding to FP8 is the hardware's cvt.rn.satfinite (PTX ISA, "cvt"): to nearest even, values
+// beyond the largest (448 of E4M3, 57,344 of E5M2) saturate, NaN becomes NaN.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,37 +27,33 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Four f32 to four e4m3 in one word, v0 in the lowest byte.
-__device__ __forceinline__ uint32_t PackE4m3x4(float v0, float v1, float v2, float v3) {
+using E4m3 = cutlass::float_e4m3_t;
+using E5m2 = cutlass::float_e5m2_t;
+
+// Four f32 to four FP8 numbers in one word, v0 in the lowest byte.
+template <typename Fp8>
+__device__ __forceinline__ uint32_t PackFp8x4(float v0, float v1, float v2, float v3) {
   cutlass::Array<float, 4> values;
   values[0] = v0;
   values[1] = v1;
   values[2] = v2;
   values[3] = v3;
-  auto packed = cutlass::NumericArrayConverter<cutlass::float_e4m3_t, float, 4>::convert(values);
-  return reinterpret_cast<uint32_t const&>(packed);
+  const auto packed = cutlass::NumericArrayConverter<Fp8, float, 4>::convert(values);
+  return reinterpret_cast<const uint32_t&>(packed);
 }
 
-// The same to e5m2, beyond +-57344 saturating; and back, exactly.
-__device__ __forceinline__ uint32_t PackE5m2x4(float v0, float v1, float v2, float v3) {
-  cutlass::Array<float, 4> values;
-  values[0] = v0;
-  values[1] = v1;
-  values[2] = v2;
-  values[3] = v3;
-  auto packed = cutlass::NumericArrayConverter<cutlass::float_e5m2_t, float, 4>::convert(values);
-  return reinterpret_cast<uint32_t const&>(packed);
-}
-__device__ __forceinline__ void UnpackE5m2x4(uint32_t packed, float (&values)[4]) {
-  const auto unpacked = cutlass::NumericArrayConverter<float, cutlass::float_e5m2_t, 4>::convert(
-      reinterpret_cast<const cutlass::Array<cutlass::float_e5m2_t, 4>&>(packed));
+// The inverse, exactly.
+template <typename Fp8>
+__device__ __forceinline__ void UnpackFp8x4(uint32_t packed, float (&values)[4]) {
+  const auto unpacked = cutlass::NumericArrayConverter<float, Fp8, 4>::convert(
+      reinterpret_cast<const cutlass::Array<Fp8, 4>&>(packed));
 #pragma unroll
   for (int i = 0; i < 4; ++i) values[i] = unpacked[i];
 }
 
 // One f32 to the byte of an e4m3.
 __device__ __forceinline__ uint8_t ToE4m3(float v) {
-  return static_cast<uint8_t>(PackE4m3x4(v, 0.0f, 0.0f, 0.0f));
+  return static_cast<uint8_t>(PackFp8x4<E4m3>(v, 0.0f, 0.0f, 0.0f));
 }
 
 }  // namespace jax_w4moe

@@ -29,7 +29,7 @@ __device__ __forceinline__ uint32_t AbsMaxBits(uint4 v) {
 
 // Four bf16 to four e4m3.
 __device__ __forceinline__ uint32_t Quantize(uint2 v, float inv_scale) {
-  return PackE4m3x4(
+  return PackFp8x4<E4m3>(
       __fmul_rn(LowBf16ToFloat(v.x), inv_scale), __fmul_rn(HighBf16ToFloat(v.x), inv_scale),
       __fmul_rn(LowBf16ToFloat(v.y), inv_scale), __fmul_rn(HighBf16ToFloat(v.y), inv_scale));
 }

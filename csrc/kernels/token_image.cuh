@@ -94,11 +94,11 @@ struct SplitBf16Rows : Bf16Rows {
     const float values[4] = {
         LowBf16ToFloat(four.x) * inv_scale, HighBf16ToFloat(four.x) * inv_scale,
         LowBf16ToFloat(four.y) * inv_scale, HighBf16ToFloat(four.y) * inv_scale};
-    const uint32_t high = PackE5m2x4(values[0], values[1], values[2], values[3]);
+    const uint32_t high = PackFp8x4<E5m2>(values[0], values[1], values[2], values[3]);
     float first[4];
-    UnpackE5m2x4(high, first);
-    return {PackE4m3x4(values[0] - first[0], values[1] - first[1], values[2] - first[2],
-                       values[3] - first[3]),
+    UnpackFp8x4<E5m2>(high, first);
+    return {PackFp8x4<E4m3>(values[0] - first[0], values[1] - first[1], values[2] - first[2],
+                            values[3] - first[3]),
             high};
   }
 };
