@@ -19,6 +19,7 @@ from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import pack_experts, quantize_experts
+from jax_w4moe.quantization import PerToken, ScaleRule
 from jax_w4moe.routing import topk_routing
 from jax_w4moe.sharding import put, shard_experts
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
@@ -61,6 +62,7 @@ class FusedMoE(nnx.Module):
         use_router_bias: bool = False,
         use_expert_bias: bool = False,
         act_dtype: Any = jnp.float8_e4m3fn,
+        act_scale: ScaleRule = PerToken(),  # noqa: B008 - frozen
         dtype: Any = jnp.bfloat16,
         param_dtype: Any = jnp.float32,
         kernel_init: Any = _EXPERT_INIT,
@@ -85,6 +87,7 @@ class FusedMoE(nnx.Module):
           use_router_bias: whether the router adds a bias to its logits.
           use_expert_bias: whether the experts have biases (zero at first).
           act_dtype: what activations are rounded to before each projection.
+          act_scale: the rule of the FP8 scales.
           dtype: of the result.
           param_dtype: of the router's parameters.
           kernel_init: initialiser of an expert's [I, H] and [H, I] kernels.
@@ -121,6 +124,7 @@ class FusedMoE(nnx.Module):
         self.renormalize = renormalize
         self.routed_scale = routed_scale
         self.act_dtype = jnp.dtype(act_dtype)
+        self.act_scale = act_scale
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
         self.expert_axis = expert_axis
@@ -260,6 +264,7 @@ class FusedMoE(nnx.Module):
             weights,
             activation=self.activation,
             act_dtype=self.act_dtype,
+            act_scale=self.act_scale,
             implementation=self.implementation,
             expert_axis=self.expert_axis,
             tensor_axis=self.tensor_axis,

@@ -31,12 +31,15 @@ def x(rng: np.random.Generator) -> jax.Array:
 
 def test_layer_is_router_plus_fused_moe(x: jax.Array) -> None:
     activation = w4.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
-    layer = _layer(activation=activation, scoring="topk_softmax", routed_scale=2.5)
+    rule = w4.PerToken(pow2=True)
+    layer = _layer(activation=activation, scoring="topk_softmax", routed_scale=2.5, act_scale=rule)
     flat = x.reshape(-1, H)
     logits = flat.astype(jnp.float32) @ layer.router.kernel[...]
     logits = logits + jnp.broadcast_to(layer.router.bias[...], logits.shape)
     ids, weights = w4.topk_routing(logits, K, scoring="topk_softmax", scale=2.5)
-    expected = w4.fused_moe(flat, layer.experts, ids, weights, activation=activation)
+    expected = w4.fused_moe(
+        flat, layer.experts, ids, weights, activation=activation, act_scale=rule
+    )
     y = layer(x)
     assert y.shape == x.shape and y.dtype == jnp.bfloat16
     np.testing.assert_allclose(
