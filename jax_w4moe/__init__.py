@@ -19,7 +19,7 @@ from jax_w4moe.packing import (
 )
 from jax_w4moe.quantization import PerToken, Static
 from jax_w4moe.replicas import Replicas, plan_replicas, replicate_experts
-from jax_w4moe.routing import topk_routing
+from jax_w4moe.routing import hash_routing, topk_routing
 from jax_w4moe.sharding import expert_specs, shard_experts
 from jax_w4moe.tuning import Problem, Tactic, autotune, load_tactics, tactics
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, QuantizedTensor
@@ -62,6 +62,7 @@ __all__ = [
     "replicate_experts",
     "shard_experts",
     "tactics",
+    "hash_routing",
     "topk_routing",
     "unpack",
     "unpack_experts",

@@ -18,7 +18,7 @@ from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor, Quantize
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 SIZE_MULTIPLE = 32
-SCORINGS = ("softmax", "topk_softmax")
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 
 
 def _array(name: str, value: Any, rank: int | None, what: str) -> None:
@@ -59,6 +59,39 @@ def routing(logits: Any, k: int, scoring: str, bias: Any) -> None:
         raise ValueError(f"scoring={scoring!r} is unknown; use one of {', '.join(SCORINGS)}.")
     if bias is not None:
         _shape("bias", bias, (num_experts,), "one selection bias per expert")
+
+
+def routing_groups(num_experts: int, k: int, num_groups: int, top_groups: int | None) -> None:
+    """Preconditions of group-limited routing."""
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(
+            f"num_groups={num_groups} does not divide the {num_experts} experts in logits; use the"
+            " model's n_group."
+        )
+    if top_groups is None or top_groups == num_groups:
+        return
+    size = num_experts // num_groups
+    if not 1 <= top_groups <= num_groups or size < 2:
+        raise ValueError(
+            f"top_groups={top_groups} of num_groups={num_groups} with {size} experts each: need 1"
+            " to num_groups groups of at least two experts; use the model's topk_group."
+        )
+    if k > top_groups * size:
+        raise ValueError(
+            f"k={k} experts are more than top_groups={top_groups} groups of {size} hold; lower k."
+        )
+
+
+def hash_routing(logits: Any, token_ids: Any, table: Any, scoring: str) -> None:
+    """Preconditions of ``hash_routing``."""
+    _array("table", table, 2, "int[V, k]")
+    routing(logits, 1, scoring, None)
+    if scoring == "topk_softmax":
+        raise ValueError("scoring='topk_softmax' is not for tables; use one of the others.")
+    for name, array in (("token_ids", token_ids), ("table", table)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name}: dtype {array.dtype} is not an integer; pass ids.")
+    _shape("token_ids", token_ids, logits.shape[:-1], "one token per row of logits")
 
 
 def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
