@@ -46,6 +46,10 @@ demo: $(INSTALLED) $(STAMPS)/extra-flax $(STAMPS)/extra-checkpoint
 
 # Most of the time on CPUs goes into compiling, and optimising is a third of that.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(GPU),0,1)
+# Test processes, and the programs that tests start, share what they compile.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/jax_cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 test: $(INSTALLED) $(STAMPS)/extra-test
 	$(PYTEST) tests
 
