@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
+#include "common/scale_rule.h"
 #include "formats/formats.h"
 #include "kernels/plan.cuh"
 #include "kernels/quantize_row.cuh"
 #include "kernels/route.cuh"
-#include "launch/scale_rule.h"
 #include "ptx/sm90.cuh"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"

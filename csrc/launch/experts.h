@@ -7,10 +7,10 @@
 
 #include <cstdint>
 
+#include "common/scale_rule.h"
 #include "epilogue/activation.h"
 #include "formats/formats.h"
 #include "launch/launch.h"
-#include "launch/scale_rule.h"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "common/scale_rule.h"
 #include "formats/formats.h"
-#include "launch/scale_rule.h"
 
 namespace jax_w4moe {
 

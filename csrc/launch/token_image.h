@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "common/scale_rule.h"
 #include "formats/formats.h"
-#include "launch/scale_rule.h"
 #include "schedule/plan.h"
 #include "schedule/rows.cuh"
 
