@@ -229,13 +229,13 @@ class FusedMoE(nnx.Module):
         from jax_w4moe import checkpoint  # needs the extra [checkpoint], the rest does not
 
         config = checkpoint.moe_config(path)
-        weight, bias = checkpoint.load_router(path, layer)
+        router = checkpoint.load_router(path, layer)
         options = {"activation": config.activation, "scoring": config.scoring, **options}
         return cls.from_experts(
             checkpoint.load_experts(path, layer),
             top_k=config.top_k,
-            router_kernel=weight.T,
-            router_bias=bias,
+            router_kernel=router.weight.T,
+            router_bias=router.bias,
             **options,
         )
 
