@@ -265,7 +265,7 @@ def _tokens_per_second(
 def _kernel(modules: tuple[FusedMoE, ...], tokens: int) -> tuple[float, float]:
     """Microseconds of fused_moe on uniform routing, layer after layer, and the floor."""
     experts = [module.experts for module in modules]
-    first, top_k = experts[0], modules[0].top_k
+    first, top_k = experts[0], modules[0].router.top_k
     key = jax.random.key(3)
     x = jax.random.normal(key, (tokens, first.hidden_size), jnp.bfloat16)
     ids, weights = topk_routing(jax.random.normal(key, (tokens, first.num_experts)), top_k)

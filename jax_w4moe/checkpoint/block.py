@@ -26,6 +26,7 @@ from jax_w4moe.checkpoint.float_experts import check_float, read_float
 _FLOATS = ("BF16", "F16", "F32")
 _INTEGERS = ("I32", "I64")
 _TABLE = "gate.tid2eid"
+_EPSILON = 1e-6
 _SHARED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 
 
@@ -60,11 +61,13 @@ class Latent(NamedTuple):
       down: [L, H], before the experts.
       norm: [L], the weight of an RMSNorm of their sum, or None.
       up: [H, L], after that.
+      epsilon: of the norm.
     """
 
     down: Any
     norm: Any
     up: Any
+    epsilon: float
 
 
 def read_router(files: CheckpointFiles, disk_format: DiskFormat, on_disk: LayerOnDisk) -> Router:
@@ -135,6 +138,7 @@ def read_latent(files: CheckpointFiles, on_disk: LayerOnDisk) -> Latent | None:
         _bf16(read_float(files, down)),
         files.read(f"{norm}.weight") if has_norm else None,
         _bf16(read_float(files, up)),
+        float(files.setting("rms_norm_eps", _EPSILON)),
     )
 
 

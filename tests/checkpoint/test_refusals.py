@@ -228,8 +228,8 @@ def test_other_formats(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({EXPERTS + "gate_up_proj": np.zeros((2, 64, 64), np.float32)}, file)
     message = (
-        r"formats? .*\(packed by jax_w4moe, .*gpt-oss MXFP4.*\) among 1 tensors, experts are stored as"
-        r" .*gate_up_proj"
+        r"formats? .*\(packed by jax_w4moe, .*gpt-oss MXFP4.*\) among 1 tensors, experts are stored"
+        r" as .*gate_up_proj"
     )
     with pytest.raises(NotImplementedError, match=message):
         load_experts(tmp_path, 0)
