@@ -51,9 +51,8 @@ class LatentProjection(nnx.Module):
           epsilon: of the norm.
         """
         self.down = nnx.Param(jnp.asarray(down).T)
-        self.norm = None if norm is None else nnx.Param(jnp.asarray(norm))
+        self.norm = None if norm is None else _norm(norm, epsilon)
         self.up = nnx.Param(jnp.asarray(up).T)
-        self.epsilon = epsilon
 
     def encode(self, x: Array) -> Array:
         """[..., H] -> f32[..., L]."""
@@ -61,12 +60,7 @@ class LatentProjection(nnx.Module):
 
     def decode(self, y: Array) -> Array:
         """[..., L] -> f32[..., H]."""
-        y = y.astype(jnp.float32)
-        if self.norm is not None:
-            mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
-            y = y * jax.lax.rsqrt(mean_square + jnp.float32(self.epsilon))
-            y = y * self.norm.get_value().astype(jnp.float32)
-        return _dot(y, self.up)
+        return _dot(y if self.norm is None else self.norm(y), self.up)
 
 
 class MoEBlock(nnx.Module):
@@ -177,3 +171,10 @@ def _dot(x: Array, kernel: Any) -> Array:
     """In the kernel's dtype, summed in f32."""
     weights = kernel.get_value()
     return jnp.dot(x.astype(weights.dtype), weights, preferred_element_type=jnp.float32)
+
+
+def _norm(scale: Array, epsilon: float) -> nnx.RMSNorm:
+    scale = jnp.asarray(scale)
+    norm = nnx.RMSNorm(scale.shape[0], epsilon=epsilon, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm.scale = nnx.Param(scale)
+    return norm

@@ -172,7 +172,8 @@ class FusedMoE(nnx.Module):
         """
         if isinstance(experts, ExpertWeights):
             experts = pack_experts(experts)
-        checks.packed_experts(experts)
+        is_spread = options.get("expert_axis") or options.get("tensor_axis")
+        (checks.packed_shards if is_spread else checks.packed_experts)(experts)
         num_experts, hidden = experts.num_experts, experts.hidden_size
         router_size = options.pop("router_size", hidden)
         checks.router(router_kernel, router_bias, router_size, num_experts)

@@ -52,12 +52,9 @@ class Router(nnx.Linear):
         self.routed_scale = routed_scale
         self.num_groups = num_groups
         self.top_groups = top_groups
-        self.selection_bias = None
-        if use_selection_bias:
-            self.selection_bias = RoutingBuffer(jnp.zeros(num_experts, jnp.float32))
-        self.table = None
-        if table_size is not None:
-            self.table = RoutingBuffer(jnp.zeros((table_size, top_k), jnp.int32))
+        self.selection_bias = RoutingBuffer(jnp.zeros(num_experts)) if use_selection_bias else None
+        has_table = table_size is not None
+        self.table = RoutingBuffer(jnp.zeros((table_size, top_k), jnp.int32)) if has_table else None
 
     def route(self, x: Array, token_ids: Array | None = None) -> tuple[Array, Array]:
         """Chooses the experts of tokens.
