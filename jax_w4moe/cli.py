@@ -1,10 +1,12 @@
-"""The command line: ``python -m jax_w4moe demo | doctor | bench``, also ``jax-w4moe``."""
+"""The command line: ``python -m jax_w4moe demo | doctor | convert | bench``, also ``jax-w4moe``."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 app = typer.Typer(
     help="Mixture-of-Experts layers with 4-bit weights for JAX.",
@@ -63,6 +65,45 @@ def doctor() -> None:
     from jax_w4moe import doctor as program
 
     Console().print(program.table())
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(help="A folder to write, or to go on with.")],
+    quantize: Annotated[
+        str, typer.Option(help="Round bf16 or FP8 experts to this format, e.g. mxfp4.")
+    ] = "",
+) -> None:
+    """Packs the experts of a checkpoint once, so that loading it only reads. Can be resumed."""
+    try:
+        from jax_w4moe import checkpoint, formats
+    except ModuleNotFoundError as error:
+        raise _fail(error) from error
+    known = {weight_format.name: weight_format for weight_format in formats.formats()}
+    if quantize and quantize not in known:
+        raise _fail(f"--quantize={quantize!r} is unknown; use one of {', '.join(known)}.")
+    console = Console()
+    began = time.perf_counter()
+    gigabytes = 0.0
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("files", total=None, rate="")
+
+        def show(done: int, total: int, written: int) -> None:
+            nonlocal gigabytes
+            gigabytes = written / 1e9
+            rate = gigabytes / (time.perf_counter() - began)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.2f} GB/s")
+
+        try:
+            checkpoint.convert(source, destination, quantize=known.get(quantize), progress=show)
+        except (ValueError, TypeError, NotImplementedError, OSError, MemoryError) as error:
+            raise _fail(error) from error
+    console.print(
+        f"{destination}: {gigabytes:.3f} GB written in {time.perf_counter() - began:.1f} s",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -7,6 +7,7 @@ Formats are tried in the order of their imports.
 from jax_w4moe.checkpoint.packed import PACKED  # isort: skip
 from jax_w4moe.checkpoint.block import Latent, Router, SharedExpert
 from jax_w4moe.checkpoint.compressed_tensors import MXFP4_PACK_QUANTIZED, PACK_QUANTIZED
+from jax_w4moe.checkpoint.convert import convert
 from jax_w4moe.checkpoint.deepseek_v4 import DEEPSEEK_V4
 from jax_w4moe.checkpoint.deepseek_w4afp8 import DEEPSEEK_W4AFP8
 from jax_w4moe.checkpoint.families import MoEConfig
@@ -40,6 +41,7 @@ __all__ = [
     "MoELayer",
     "Router",
     "SharedExpert",
+    "convert",
     "load_act_scale",
     "load_experts",
     "load_latent",

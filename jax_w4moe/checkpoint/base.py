@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from jax_w4moe import checks
 from jax_w4moe.checkpoint.files import CheckpointFiles, TensorInfo
 from jax_w4moe.formats import WeightFormat
+from jax_w4moe.packing import abstract_experts
 from jax_w4moe.quantization import Static
 from jax_w4moe.types import ExpertWeights, PackedExperts
 
@@ -50,6 +51,16 @@ class LayerOnDisk:
     intermediate_size: int
     format: WeightFormat
     has_bias: bool = False
+
+    def packed(self) -> PackedExperts:
+        """The packed experts, with ``jax.ShapeDtypeStruct`` in place of arrays."""
+        return abstract_experts(
+            self.format,
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            bias=self.has_bias,
+        )
 
 
 class DiskFormat(abc.ABC):
@@ -107,6 +118,10 @@ class DiskFormat(abc.ABC):
     def read_act_scale(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> Static | None:
         """Checks and reads the scales of a layer's activations, None if there are none."""
         return None
+
+    @abc.abstractmethod
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """The names of the tensors that packed experts stand for."""
 
     @abc.abstractmethod
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:

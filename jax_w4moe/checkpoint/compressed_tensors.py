@@ -31,6 +31,7 @@ class PackQuantized(PerExpert):
     scales = ("weight_scale", ("BF16", "F32"))
     codes_per_item = 8
     group_sizes = (32, 128)
+    other_parts = ("weight_shape",)
     refused_parts: ClassVar = {
         "weight_zero_point": "has zero points; only symmetric weights are read: quantise again"
         " with symmetric=true",

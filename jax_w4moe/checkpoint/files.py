@@ -35,15 +35,22 @@ CONFIG_FILE = "config.json"
 _LFS_POINTER = b"version https://git-lfs"
 _HEADER_LENGTH_BYTES = 8  # little endian, before the header
 _DTYPES = {
+    "BOOL": np.bool_,
     "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
     "I8": np.int8,
+    "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
+    "F64": np.float64,
 }
 
 
@@ -57,6 +64,7 @@ class TensorInfo:
       dtype: in safetensors' spelling, e.g. "U8" or "BF16".
       shape: as stored.
       offset: where its bytes begin in the file.
+      nbytes: how many they are.
     """
 
     name: str
@@ -64,6 +72,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    nbytes: int
 
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
@@ -191,6 +200,20 @@ class CheckpointFiles:
         """What a file's header says beside its tensors."""
         return self._shard(file).metadata
 
+    def numpy_dtype(self, name: str) -> np.dtype:
+        """The dtype that a tensor is read in.
+
+        Raises:
+          TypeError: none is known for the stored one.
+        """
+        info = self.info(name)
+        if info.dtype not in _DTYPES:
+            raise TypeError(
+                f"{info} has dtype {info.dtype}, which is not read here; need one of"
+                f" {', '.join(_DTYPES)}."
+            )
+        return np.dtype(_DTYPES[info.dtype])
+
     def read(self, name: str, index: int | None = None) -> Any:
         """Reads a tensor, or one entry along its first axis. May be called by several threads.
 
@@ -202,17 +225,12 @@ class CheckpointFiles:
           A numpy array in the stored dtype (BF16, F8_E4M3 and F8_E8M0 as those of ml_dtypes).
 
         Raises:
-          TypeError: a dtype that no format here stores.
+          TypeError: as :meth:`numpy_dtype`.
           ValueError: the file has become shorter since it was opened.
         """
-        info = self.info(name)
-        if info.dtype not in _DTYPES:
-            raise TypeError(
-                f"{info} has dtype {info.dtype}, which is not read here; need one of"
-                f" {', '.join(_DTYPES)}."
-            )
+        info, dtype = self.info(name), self.numpy_dtype(name)
         shape = info.shape if index is None else (1, *info.shape[1:])
-        array = np.empty(shape, _DTYPES[info.dtype])
+        array = np.empty(shape, dtype)
         offset = info.offset + (index or 0) * array.nbytes
         left: Any = memoryview(array.reshape(-1).view(np.uint8).data)
         while left:  # the system may return less than it was asked for
@@ -257,12 +275,13 @@ class CheckpointFiles:
         header = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
         begin = _HEADER_LENGTH_BYTES + length
-        tensors = {
-            name: TensorInfo(
-                name, file, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]
+        tensors = {}
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            tensors[name] = TensorInfo(
+                name, file, entry["dtype"], shape, begin + first, end - first
             )
-            for name, entry in header.items()
-        }
         return _Shard(stream.fileno(), tensors, metadata)
 
 

@@ -25,6 +25,7 @@ from jax_w4moe.checkpoint.files import CONFIG_FILE, CheckpointFiles
 from jax_w4moe.checkpoint.per_expert import (
     expert_names,
     expert_sources,
+    expert_tensors,
     matrices,
 )
 from jax_w4moe.formats import WeightFormat
@@ -81,6 +82,10 @@ class FloatExperts(DiskFormat):
         names = expert_names(files)[on_disk.layer]
         gate, up, down = (read_float(files, names.projection(expert, i))[None] for i in range(3))
         return Kernels(gate, up, down)
+
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """See :meth:`DiskFormat.replaced`."""
+        return expert_tensors(files, on_disk, ("weight", *_SCALE_PARTS))
 
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
         """See :meth:`DiskFormat.sources`."""

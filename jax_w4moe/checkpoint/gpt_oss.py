@@ -129,6 +129,10 @@ class GptOss(DiskFormat):
             down[2],
         )
 
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """See :meth:`DiskFormat.replaced`."""
+        return {on_disk.prefix + name for name in (*self._gate_up, *self._down)}
+
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
         """See :meth:`DiskFormat.sources`."""
         gate_up = files.info(on_disk.prefix + self._gate_up.blocks)

@@ -31,7 +31,7 @@ from jax_w4moe.checkpoint.base import (
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.formats import MXFP4, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_K
-from jax_w4moe.packing import abstract_experts, pack_experts, quantize_experts
+from jax_w4moe.packing import pack_experts, quantize_experts
 from jax_w4moe.quantization import Static
 from jax_w4moe.sharding import shard_experts
 from jax_w4moe.sharding.specs import ROW_BLOCKS
@@ -78,13 +78,7 @@ def load_experts(
     """
     with CheckpointFiles(path) as files:
         disk_format, on_disk = _checked(files, layer, quantize)
-        whole = abstract_experts(
-            on_disk.format,
-            on_disk.num_experts,
-            on_disk.hidden_size,
-            on_disk.intermediate_size,
-            bias=on_disk.has_bias,
-        )
+        whole = on_disk.packed()
         if mesh is not None:
             whole = shard_experts(whole, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
         elif expert_axis is not None or tensor_axis is not None:

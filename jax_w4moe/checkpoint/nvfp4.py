@@ -39,6 +39,10 @@ class Nvfp4(DiskFormat):
         """Refuses."""
         self._refuse(files)
 
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """Refuses."""
+        self._refuse(files)
+
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
         """Refuses."""
         self._refuse(files)

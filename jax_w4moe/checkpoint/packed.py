@@ -31,7 +31,6 @@ from jax_w4moe.checkpoint.base import (
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.checkpoint.per_expert import refuse_quantize
 from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat, formats
-from jax_w4moe.packing import abstract_experts
 from jax_w4moe.types import PackedExperts
 
 METADATA_KEY = "jax_w4moe"
@@ -71,7 +70,7 @@ class Packed(DiskFormat):
             weight_formats[settings["format"]],
             settings["has_bias"],
         )
-        for name, leaf in named_arrays(_abstract(on_disk)).items():
+        for name, leaf in named_arrays(on_disk.packed()).items():
             info = files.info(f"{prefix}experts.{name}")
             require_dtype(info, (_DTYPES[leaf.dtype.name],), self.name)
             require_shape(info, leaf.shape, f"its layer is {settings}")
@@ -81,7 +80,7 @@ class Packed(DiskFormat):
         self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int
     ) -> PackedExperts:
         """See :meth:`DiskFormat.read_expert`."""
-        one = _abstract(dataclasses.replace(on_disk, num_experts=1))
+        one = dataclasses.replace(on_disk, num_experts=1).packed()
         arrays = {
             name: files.read(f"{on_disk.prefix}experts.{name}", expert)
             for name in named_arrays(one)
@@ -93,6 +92,10 @@ class Packed(DiskFormat):
             arrays.get("w13_bias"),
             arrays.get("w2_bias"),
         )
+
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """See :meth:`DiskFormat.replaced`."""
+        return {f"{on_disk.prefix}experts.{name}" for name in named_arrays(on_disk.packed())}
 
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
         """See :meth:`DiskFormat.sources`."""
@@ -139,16 +142,6 @@ def _settings(files: CheckpointFiles, name: str) -> dict[str, Any]:
 def _prefixes(files: CheckpointFiles) -> dict[int, str]:
     matches = map(_W13.fullmatch, files.names)
     return {int(match[2]): match[1] for match in matches if match}
-
-
-def _abstract(on_disk: LayerOnDisk) -> PackedExperts:
-    return abstract_experts(
-        on_disk.format,
-        on_disk.num_experts,
-        on_disk.hidden_size,
-        on_disk.intermediate_size,
-        bias=on_disk.has_bias,
-    )
 
 
 PACKED = register(Packed())

@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import re
 import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,12 +97,15 @@ class PerExpert(DiskFormat):
       scales: the same of the scales.
       codes_per_item: codes in an item of the codes' dtype.
       group_sizes: the legal numbers of codes to a scale.
+      other_parts: what a projection may have beside these, and is not needed.
+      refused_parts: what it must not have, and why.
     """
 
     codes: tuple[str, tuple[str, ...]]
     scales: tuple[str, tuple[str, ...]]
     codes_per_item: int = 2
     group_sizes: tuple[int, ...] = (32,)
+    other_parts: tuple[str, ...] = ()
     refused_parts: ClassVar[dict[str, str]] = {}
 
     @abc.abstractmethod
@@ -174,6 +178,11 @@ class PerExpert(DiskFormat):
 
         return ExpertWeights(tensor(0, 1), tensor(2))
 
+    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
+        """See :meth:`DiskFormat.replaced`."""
+        parts = (self.codes[0], self.scales[0], *self.other_parts)
+        return expert_tensors(files, on_disk, parts)
+
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
         """See :meth:`DiskFormat.sources`."""
         return expert_sources(files, on_disk, expert, self.codes[0])
@@ -199,6 +208,18 @@ class PerExpert(DiskFormat):
 def matrices(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of gate, up and down."""
     return (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+
+
+def expert_tensors(files: CheckpointFiles, on_disk: LayerOnDisk, parts: Sequence[str]) -> set[str]:
+    """The names of some parts of all projections of all experts that there are."""
+    names = expert_names(files)[on_disk.layer]
+    every = (
+        f"{names.projection(expert, which)}.{part}"
+        for expert in range(names.num_experts)
+        for which in range(3)
+        for part in parts
+    )
+    return {name for name in every if name in files.names}
 
 
 def expert_sources(files: CheckpointFiles, on_disk: LayerOnDisk, expert: int, part: str) -> str:
