@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_w4moe import checks
+from jax_w4moe import checks, reference
+from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_ROWS
@@ -86,7 +87,8 @@ class FusedMoE(nnx.Module):
           scoring, renormalize, routed_scale: as in :func:`jax_w4moe.topk_routing`.
           use_router_bias: whether the router adds a bias to its logits.
           use_expert_bias: whether the experts have biases (zero at first).
-          act_dtype: what activations are rounded to before each projection.
+          act_dtype: what activations are rounded to before each projection; float32: they are not,
+            and the experts run as :func:`jax_w4moe.reference.fused_moe` in its exact mode.
           act_scale: the rule of the FP8 scales.
           dtype: of the result.
           param_dtype: of the router's parameters.
@@ -239,11 +241,14 @@ class FusedMoE(nnx.Module):
             **options,
         )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, active: Array | None = None) -> Array:
         """Routes tokens and runs their experts.
 
         Args:
-          x: float[..., H]; the router sees it in f32, the experts in bf16.
+          x: float[..., H]; the router sees it in f32, the experts in bf16 (in f32 with that
+            ``act_dtype``).
+          active: bool[...], which tokens have experts at all; the others cost nothing, and their
+            rows of the result are zero. None: all.
 
         Returns:
           [..., H] in ``dtype``.
@@ -257,8 +262,14 @@ class FusedMoE(nnx.Module):
             renormalize=self.renormalize,
             scale=self.routed_scale,
         )
-        y = fused_moe(
-            x.reshape(-1, hidden).astype(jnp.bfloat16),
+        if active is not None:
+            ids = jnp.where(active.reshape(-1, 1), ids, -1)
+        run = self._exact if self.act_dtype == jnp.float32 else self._fused
+        return run(x.reshape(-1, hidden), ids, weights).reshape(x.shape).astype(self.dtype)
+
+    def _fused(self, x: Array, ids: Array, weights: Array) -> Array:
+        return fused_moe(
+            x.astype(jnp.bfloat16),
             self.experts,
             ids,
             weights,
@@ -271,7 +282,24 @@ class FusedMoE(nnx.Module):
             token_axes=self.token_axes,
             exchange=self.exchange,
         )
-        return y.reshape(x.shape).astype(self.dtype)
+
+    def _exact(self, x: Array, ids: Array, weights: Array) -> Array:
+        """Nothing is rounded, and nothing of it is a kernel: refused where one is asked for."""
+        implementations.choose("FusedMoE", self.implementation, "act_dtype=float32")
+        if self.expert_axis is not None or self.tensor_axis is not None:
+            raise NotImplementedError(
+                "FusedMoE: act_dtype=float32 runs on one device; leave expert_axis and tensor_axis"
+                " out, or take bfloat16."
+            )
+        return reference.fused_moe(
+            x.astype(jnp.float32),
+            self.experts,
+            ids,
+            weights,
+            activation=self.activation,
+            mode="exact",
+            slot_dtype=jnp.float32,
+        )
 
     def shard(self, mesh: Mesh) -> None:
         """Places the experts on a mesh by the layer's axes, and the router on all of its devices.

@@ -52,7 +52,7 @@ def fused_moe(
     """An MoE layer after its router; the arrays are as in :func:`jax_w4moe.fused_moe`.
 
     Args:
-      x: bf16[T, H], or float8_e4m3fn[T, H] with ``x_scale``.
+      x: bf16[T, H], or float8_e4m3fn[T, H] with ``x_scale``; in "exact" mode f32[T, H] as well.
       experts: packed experts, or canonical ones (packed here).
       topk_ids: i32[T, k]; ids outside [0, E) mean no expert.
       topk_weights: f32[T, k].
