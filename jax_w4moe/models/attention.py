@@ -140,7 +140,9 @@ class Attention(nnx.Module):
 
     def _attend(self, q: Array, k: Array, v: Array, **which: Any) -> Array:
         implementation: Any = self.implementation
-        with jax.default_matmul_precision(None if self.dtype != jnp.float32 else "highest"):
+        exact = "highest" if self.dtype == jnp.float32 else None
+        # NOTE: JAX's own code promotes implicitly here, which is an error where users forbid it.
+        with jax.default_matmul_precision(exact), jax.numpy_dtype_promotion("standard"):
             y, logsumexp = jax.nn.dot_product_attention(
                 q, k, v, implementation=implementation, return_residual=True, **which
             )

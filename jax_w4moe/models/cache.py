@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_w4moe.models.config import GptOssConfig
 
@@ -42,22 +43,26 @@ class Cache:
 
 
 def empty_cache(
-    config: GptOssConfig, batch: int, capacity: int, dtype: Any, sharding: Any = None
+    config: GptOssConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    heads_axis: str | None = None,
 ) -> Cache:
-    """A cache of rows without tokens."""
+    """A cache of rows without tokens; on a mesh heads may be spread over one of its axes."""
 
-    def zeros() -> tuple[Array, ...]:
-        return tuple(
-            jnp.zeros(
-                (batch, size, config.num_key_value_heads, config.head_dim), dtype, device=sharding
-            )
-            for size in sizes
-        )
+    def zeros(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Array:
+        sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
+        return jnp.zeros(shape, dtype, device=sharding)
 
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-    sizes = [min(capacity, window or capacity) for window in windows]
-    lengths = jnp.zeros(batch, jnp.int32, device=sharding)
-    return Cache(zeros(), zeros(), lengths, capacity)
+    def of_layers() -> tuple[Array, ...]:
+        heads = (config.num_key_value_heads, config.head_dim)
+        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        sizes = [min(capacity, window or capacity) for window in windows]
+        return tuple(zeros((batch, size, *heads), dtype, None, None, heads_axis) for size in sizes)
+
+    return Cache(of_layers(), of_layers(), zeros((batch,), jnp.int32), capacity)
 
 
 def write_prompts(rows: Array, new: Array, slots: Array, lengths: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.flax import FusedMoE
@@ -182,7 +182,8 @@ class GptOss(nnx.Module):
         """Places the weights on a mesh by the model's axes.
 
         Experts are spread as :meth:`jax_w4moe.flax.FusedMoE.shard` does, heads of attention over
-        the tensor axis where its size divides those of keys and values; the rest is everywhere.
+        the tensor axis where its size divides those of keys and values (and the mesh has no
+        explicit axes); the rest is everywhere.
 
         Args:
           mesh: the devices.
@@ -216,11 +217,7 @@ class GptOss(nnx.Module):
           ValueError: a number below 1, or a capacity beyond the model's longest context.
         """
         checks.cache_sizes(batch, capacity, self.config.max_position_embeddings)
-        sharding = None
-        if self.mesh is not None:
-            spec = PartitionSpec(None, None, self._heads_axis())
-            sharding = NamedSharding(self.mesh, spec)
-        return empty_cache(self.config, batch, capacity, self.dtype, sharding)
+        return empty_cache(self.config, batch, capacity, self.dtype, self.mesh, self._heads_axis())
 
     def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
         """Logits at every position of whole sequences, without a cache.
@@ -354,11 +351,11 @@ class GptOss(nnx.Module):
         return (tokens >= 0) & (tokens < self.config.vocab_size)
 
     def _heads_axis(self) -> str | None:
-        """The mesh axis that heads are spread over."""
-        if self.mesh is None or self.tensor_axis is None:
+        """The mesh axis that heads are spread over, by XLA's partitioner."""
+        mesh, axis = self.mesh, self.tensor_axis
+        if mesh is None or axis is None or AxisType.Explicit in mesh.axis_types:
             return None
-        parts = self.mesh.shape[self.tensor_axis]
-        return None if self.config.num_key_value_heads % parts else self.tensor_axis
+        return None if self.config.num_key_value_heads % mesh.shape[axis] else axis
 
 
 def _where(alive: Array, logits: Array) -> Array:

@@ -4,7 +4,6 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
