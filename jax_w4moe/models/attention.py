@@ -2,7 +2,7 @@
 
 A sink is a logit per head that takes part in the softmax and has no value. Beside a softmax over
 the keys alone, whose logsumexp is L, it scales the result by ``sigmoid(L - sink)``: so any
-attention that returns L will do, here ``jax.nn.dot_product_attention``, with cuDNN on GPUs.
+attention that returns L will do, here ``jax.nn.dot_product_attention``.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         layer: int,
         *,
         dtype: Any,
-        implementation: str | None,
+        implementation: str,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes it with random weights.

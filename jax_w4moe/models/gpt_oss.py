@@ -35,7 +35,7 @@ class Block(nnx.Module):
         layer: int,
         *,
         dtype: Any,
-        attention: str | None,
+        attention: str,
         moe: dict[str, Any],
         rngs: nnx.Rngs,
     ) -> None:
@@ -74,7 +74,7 @@ class GptOss(nnx.Module):
         dtype: Any = jnp.bfloat16,
         act_dtype: Any = jnp.float8_e4m3fn,
         implementation: str | None = None,
-        attention: str | None = None,
+        attention: str = "xla",
         expert_axis: str | None = None,
         tensor_axis: str | None = None,
         exchange: str | None = None,
@@ -88,7 +88,8 @@ class GptOss(nnx.Module):
           act_dtype: what activations of the experts are rounded to: float8_e4m3fn, bfloat16, or
             float32 for no rounding at all (without kernels, on one device).
           implementation: of the experts, as in :func:`jax_w4moe.fused_moe`.
-          attention: "xla" or "cudnn"; None is "cudnn" on a GPU in bfloat16, else "xla".
+          attention: "xla", or "cudnn" on a GPU in bfloat16; "xla" holds a prompt's S x S scores
+            of every head in f32.
           expert_axis, tensor_axis, exchange: how the experts are spread over a mesh, as in
             :func:`jax_w4moe.fused_moe`; :meth:`shard` places the weights.
           rngs: the key streams; "params" is used.
@@ -101,9 +102,6 @@ class GptOss(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tensor_axis = tensor_axis
         self.mesh: Mesh | None = None
-        if attention is None:
-            is_gpu = jax.default_backend() == "gpu"
-            attention = "cudnn" if is_gpu and self.dtype == jnp.bfloat16 else "xla"
         moe = {
             "activation": config.activation,
             "act_dtype": act_dtype,
@@ -161,10 +159,10 @@ class GptOss(nnx.Module):
             together, or ask for something that this version does not do.
         """
         checks.placement(mesh, expert_axis, tensor_axis)
-        axes = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
+        options |= {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
         config = GptOssConfig.from_pretrained(path)
         # No random weights are made only to be thrown away.
-        model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **axes, **options))
+        model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
         with CheckpointFiles(path) as files:
             loading.check(files, config)
             if mesh is not None:

@@ -5,7 +5,6 @@ import json
 import warnings
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,9 +117,6 @@ def test_logits_and_greedy_tokens(judge: Judge, act_dtype: str) -> None:
         judge.folder, dtype=jnp.float32, act_dtype=jnp.dtype(act_dtype), implementation="xla"
     )
     prompts = jnp.asarray(judge.tokens[:, :PROMPT])
-    if act_dtype == "float32":  # without a cache, every position
-        whole = jax.jit(lambda model: model(prompts))(model)
-        assert relative_rms(whole, judge.logits[:, :PROMPT]) <= BOUNDS[act_dtype]
     runner = Runner(model)
     cache = runner.init_cache(ROWS, PROMPT + STEPS)
     lengths = jnp.full(ROWS, PROMPT, jnp.int32)
