@@ -101,7 +101,10 @@ def save_gpt_oss(
         **_REST_OF_THE_MODEL,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, list(tensors), tensors.__getitem__, shards)
+    # NOTE: runs of names, so that the tensors of one layer may lie in two shards, as they do in
+    # checkpoints that people have.
+    runs = [run.tolist() for run in np.array_split(np.array(list(tensors)), shards)]
+    write_shards(folder, runs, tensors.__getitem__)
     # Last, so that a write that was broken off is not mistaken for a checkpoint.
     write_json(folder / CONFIG_FILE, config)
 
@@ -193,18 +196,16 @@ def require_empty(folder: Path) -> None:
 
 
 def write_shards(
-    folder: Path, names: Sequence[str], tensor: Callable[[str], np.ndarray], shards: int
+    folder: Path, runs: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes safetensors files, and their index if there are several; holds one file's tensors."""
-    # NOTE: runs of names, so that the tensors of one layer may lie in two shards, as they do in
-    # checkpoints that people have.
+    """Writes a safetensors file per run of names, and the index of several; holds one at a time."""
     weight_map, total_size = {}, 0
-    for number, run in enumerate(np.array_split(np.array(names), shards), start=1):
-        file = f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else SINGLE_FILE
-        own = [str(name) for name in run]
-        total_size += _write_shard(folder / file, own, tensor)
-        weight_map.update(dict.fromkeys(own, file))
-    if shards > 1:
+    for number, run in enumerate(runs, start=1):
+        several = len(runs) > 1
+        file = f"model-{number:05}-of-{len(runs):05}.safetensors" if several else SINGLE_FILE
+        total_size += _write_shard(folder / file, run, tensor)
+        weight_map.update(dict.fromkeys(run, file))
+    if len(runs) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / INDEX_FILE, index)
 

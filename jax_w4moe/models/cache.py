@@ -75,14 +75,13 @@ def write_prompts(rows: Array, new: Array, slots: Array, lengths: Array) -> Arra
       lengths: i32[B], tokens of every prompt.
 
     Returns:
-      rows, where what is beyond a prompt is zero: nothing of a row's former tokens is left.
+      rows; nothing of a row's former tokens is left, not even where nobody looks: there are copies
+      of the prompt's first token.
     """
     size = rows.shape[1]
     last = (lengths - 1)[:, None]
     position = last - (last - jnp.arange(size, dtype=jnp.int32)[None]) % size
-    index = jnp.clip(position, 0, new.shape[1] - 1)
-    kept = jnp.take_along_axis(new, index[:, :, None, None], axis=1)
-    kept = jnp.where((position >= 0)[:, :, None, None], kept, jnp.zeros((), new.dtype))
+    kept = jnp.take_along_axis(new, jnp.maximum(position, 0)[:, :, None, None], axis=1)
     return rows.at[_dropped(slots, rows.shape[0])].set(kept, mode="drop")
 
 

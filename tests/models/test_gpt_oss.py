@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra [flax]")
 pytest.importorskip("safetensors", reason="needs the extra [checkpoint]")
 
+from jax_w4moe.flax import FusedMoE  # noqa: E402
 from jax_w4moe.models import Cache, GptOss, Runner, Yarn, save_random_gpt_oss  # noqa: E402
 from tests.helpers.compare import assert_bitwise, relative_rms  # noqa: E402
 from tests.helpers.gpt_oss_oracle import Oracle  # noqa: E402
@@ -107,6 +108,29 @@ def test_rows_do_not_see_each_other(runner: Runner, rng: np.random.Generator) ->
         results.append(np.stack(parts))
     assert_bitwise(results[1], results[0])
     assert_bitwise(results[2], results[0])
+
+
+def test_what_is_no_token_has_no_expert(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding, a prompt that is not there, and rows that are not active."""
+    seen: list[np.ndarray] = []
+
+    def spy(_: FusedMoE, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda ids: seen.append(np.asarray(ids)), ids)
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(FusedMoE, "_exact", spy)
+    own = Runner(runner.model)
+    cache = own.init_cache(BATCH, CAPACITY)
+    _, cache = prefill(own, cache, [[1, 2, 3], [4, 5]], [1, -1])
+    jax.effects_barrier()
+    prompts, seen[:] = list(seen), []
+    decode(own, cache, [1, 2, 3], [1])
+    jax.effects_barrier()
+    for found, tokens in ((prompts, [0, 1, 2]), (seen, [1])):
+        assert len(found) == CONFIG.num_hidden_layers
+        for ids in found:
+            assert (ids >= 0).all(axis=1).nonzero()[0].tolist() == tokens
+            assert (np.delete(ids, tokens, axis=0) == -1).all()
 
 
 def test_what_a_sequence_leaves_behind_is_gone(runner: Runner) -> None:
