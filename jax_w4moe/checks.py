@@ -413,6 +413,16 @@ def router(kernel: Any, bias: Any, hidden: int, num_experts: int) -> None:
         _shape("router_bias", bias, (num_experts,), "one bias per expert")
 
 
+def routing_parts(selection_bias: Any, table: Any, num_experts: int, top_k: int) -> None:
+    """Checks what a router is given beside its parameters."""
+    if selection_bias is not None:
+        _array("selection_bias", selection_bias, 1, "float[E]")
+        _shape("selection_bias", selection_bias, (num_experts,), "one bias per expert")
+    if table is not None:
+        _array("table", table, 2, "int[V, k]")
+        _shape("table", table, (table.shape[0], top_k), "top_k experts per token id")
+
+
 def exact(name: str, inexact_groups: int) -> None:
     """Refuses weights that were packed under jit and could not be exact."""
     if inexact_groups:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_w4moe import checkpoint, implementation, roofline
-from jax_w4moe.checkpoint.base import detect
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.flax import FusedMoE
 from jax_w4moe.moe import fused_moe
@@ -265,7 +265,7 @@ def _tokens_per_second(
 def _kernel(modules: tuple[FusedMoE, ...], tokens: int) -> tuple[float, float]:
     """Microseconds of fused_moe on uniform routing, layer after layer, and the floor."""
     experts = [module.experts for module in modules]
-    first, top_k = experts[0], modules[0].top_k
+    first, top_k = experts[0], modules[0].router.top_k
     key = jax.random.key(3)
     x = jax.random.normal(key, (tokens, first.hidden_size), jnp.bfloat16)
     ids, weights = topk_routing(jax.random.normal(key, (tokens, first.num_experts)), top_k)
@@ -291,7 +291,8 @@ def _float64_layer(
     path: Path, config: checkpoint.MoEConfig, number: int, x: np.ndarray
 ) -> np.ndarray:
     """The layer in float64 numpy, from the file; only for the scoring of gpt-oss."""
-    weight, bias = (_float64(part) for part in checkpoint.load_router(path, number))
+    router = checkpoint.load_router(path, number)
+    weight, bias = _float64(router.weight), _float64(router.bias)
     logits = x @ weight.T + bias
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, : config.top_k]
     chosen = np.take_along_axis(logits, ids, axis=-1)
@@ -299,14 +300,13 @@ def _float64_layer(
     routing = chosen / chosen.sum(axis=-1, keepdims=True)
     y = np.zeros_like(x)
     with CheckpointFiles(path) as files:
-        disk_format = detect(files)
-        on_disk = disk_format.layer(files, number)
+        on_disk = checkpoint.GPT_OSS.layer(files, number)
         for expert in np.unique(ids):
-            one = disk_format.read_expert(files, on_disk, int(expert))
+            one = checkpoint.GPT_OSS.read_expert(files, on_disk, int(expert))
             token, slot = np.nonzero(ids == expert)
             gate_up = x[token] @ _dequantize(one.w13).T + _float64(one.w13_bias)
             gate, up = np.split(gate_up, 2, axis=-1)
-            act = config.activation
+            act: Any = config.activation
             if act.limit is not None:
                 gate, up = np.minimum(gate, act.limit), np.clip(up, -act.limit, act.limit)
             h = gate / (1 + np.exp(-act.alpha * gate)) * (up + act.beta)

@@ -1,5 +1,6 @@
 """Between float kernels, canonical 4-bit weights and packed records. Jittable; exact or refused."""
 
+import dataclasses
 import functools
 
 import einops
@@ -137,6 +138,29 @@ def pack_experts(weights: ExpertWeights, *, first_expert: int = 0) -> PackedExpe
     if w2_bias is not None:
         w2_bias = jnp.asarray(w2_bias, jnp.float32)
     return PackedExperts(w13, w2, w13_bias, w2_bias)
+
+
+def abstract_experts(
+    format: WeightFormat, num_experts: int, hidden: int, intermediate: int, *, bias: bool
+) -> PackedExperts:
+    """Packed experts of these sizes with ``jax.ShapeDtypeStruct`` in place of arrays."""
+
+    def tensor(rows: int, columns: int) -> QuantizedTensor:
+        codes = jnp.zeros((num_experts, rows, columns // 2), jnp.uint8)
+        groups = (num_experts, rows, columns // format.group_size)
+        return QuantizedTensor(codes, jnp.zeros(groups, format.scale_dtype), format)
+
+    def packed() -> PackedExperts:
+        weights = ExpertWeights(tensor(2 * intermediate, hidden), tensor(hidden, intermediate))
+        if bias:
+            weights = dataclasses.replace(
+                weights,
+                w13_bias=jnp.zeros((num_experts, 2 * intermediate)),
+                w2_bias=jnp.zeros((num_experts, hidden)),
+            )
+        return pack_experts(weights)
+
+    return jax.eval_shape(packed)
 
 
 def unpack_experts(experts: PackedExperts) -> ExpertWeights:

@@ -1,7 +1,8 @@
 """An opened checkpoint: one or many safetensors files, looked up by tensor name.
 
-Names, dtypes and shapes come from headers; data is read in slices from the mapped file. A shard is
-opened when a tensor of it is first asked for, so the shards of other layers may even be missing.
+Names, dtypes and shapes come from headers, which the safetensors library checks. Data is read here,
+since the library gives no array of F8_E8M0 or F8_E4M3, and reads with one thread at a time. A shard
+is opened when a tensor of it is first asked for, so those of other layers may even be missing.
 """
 
 import contextlib
@@ -10,12 +11,12 @@ import difflib
 import functools
 import json
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# NOTE: safetensors returns BF16 as numpy arrays once ml_dtypes has registered the dtype.
-import ml_dtypes  # noqa: F401
+import ml_dtypes
 import numpy as np
 
 try:
@@ -32,6 +33,18 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
 _LFS_POINTER = b"version https://git-lfs"
+_HEADER_LENGTH_BYTES = 8  # little endian, before the header
+_DTYPES = {
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +56,26 @@ class TensorInfo:
       file: the safetensors file that holds it.
       dtype: in safetensors' spelling, e.g. "U8" or "BF16".
       shape: as stored.
+      offset: where its bytes begin in the file.
     """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """An open file: its descriptor, and what its header says."""
+
+    descriptor: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
 
 
 class CheckpointFiles:
@@ -71,7 +98,8 @@ class CheckpointFiles:
         """
         self.path = Path(path)
         self._open_files = contextlib.ExitStack()
-        self._handles: dict[Path, Any] = {}
+        self._shards: dict[Path, _Shard] = {}
+        self._opening = threading.Lock()
         if not self.path.exists():
             raise FileNotFoundError(
                 f"checkpoint {str(self.path)!r} does not exist; pass a local folder with"
@@ -88,7 +116,7 @@ class CheckpointFiles:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._handles.clear()
+        self._shards.clear()
         self._open_files.close()
 
     @functools.cached_property
@@ -118,10 +146,29 @@ class CheckpointFiles:
         file = self.folder / CONFIG_FILE
         return _json_object(file) if file.is_file() else None
 
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A value of the config, of its ``text_config`` where models of text and images have one.
+
+        Args:
+          key: the value's name.
+          default: what stands for one that is not there.
+        """
+        config = self.config or {}
+        nested = config.get("text_config")
+        if isinstance(nested, dict) and key in nested:
+            return nested[key]
+        return config.get(key, default)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The config's ``quantization_config``, empty if there is none."""
+        found = self.setting("quantization_config")
+        return found if isinstance(found, dict) else {}
+
     @property
     def opened(self) -> frozenset[Path]:
         """The safetensors files opened so far."""
-        return frozenset(self._handles)
+        return frozenset(self._shards)
 
     def info(self, name: str) -> TensorInfo:
         """Looks a tensor up in its file's header.
@@ -131,30 +178,48 @@ class CheckpointFiles:
           ValueError: there is no such tensor, or its file is damaged.
         """
         file = self._file_of(name)
-        handle = self._handle(file)
-        try:
-            view = handle.get_slice(name)
-        except safetensors.SafetensorError as error:
+        tensors = self._shard(file).tensors
+        if name not in tensors:
             raise ValueError(
                 f"{self.folder / INDEX_FILE} says that {name} is in {file.name}, which holds no"
                 " such tensor; the index and the shards are of different downloads: download both"
                 " again."
-            ) from error
-        return TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape()))
+            )
+        return tensors[name]
 
-    def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """Copies a tensor, or one entry along its first axis, from the mapped file.
+    def metadata(self, file: Path) -> dict[str, str]:
+        """What a file's header says beside its tensors."""
+        return self._shard(file).metadata
+
+    def read(self, name: str, index: int | None = None) -> Any:
+        """Reads a tensor, or one entry along its first axis. May be called by several threads.
 
         Args:
           name: the tensor's name; :meth:`info` has accepted it.
           index: reads [index : index + 1] only, keeping the axis; None reads everything.
 
         Returns:
-          A numpy array in the stored dtype (BF16 as ml_dtypes.bfloat16).
+          A numpy array in the stored dtype (BF16, F8_E4M3 and F8_E8M0 as those of ml_dtypes).
+
+        Raises:
+          TypeError: a dtype that no format here stores.
+          ValueError: the file has become shorter since it was opened.
         """
-        handle = self._handle(self._file_of(name))
-        view = handle.get_slice(name)
-        array: np.ndarray = view[:] if index is None else view[index : index + 1]
+        info = self.info(name)
+        if info.dtype not in _DTYPES:
+            raise TypeError(
+                f"{info} has dtype {info.dtype}, which is not read here; need one of"
+                f" {', '.join(_DTYPES)}."
+            )
+        shape = info.shape if index is None else (1, *info.shape[1:])
+        array = np.empty(shape, _DTYPES[info.dtype])
+        offset = info.offset + (index or 0) * array.nbytes
+        left: Any = memoryview(array.reshape(-1).view(np.uint8).data)
+        while left:  # the system may return less than it was asked for
+            count = os.preadv(self._shard(info.file).descriptor, [left], offset)
+            if count == 0:
+                raise ValueError(f"{info}: the file ends within it; download it again.")
+            left, offset = left[count:], offset + count
         return array
 
     def _file_of(self, name: str) -> Path:
@@ -168,23 +233,37 @@ class CheckpointFiles:
         return self.names[name]
 
     def _keys(self, file: Path) -> list[str]:
-        keys: list[str] = list(self._handle(file).keys())
-        return keys
+        return list(self._shard(file).tensors)
 
-    def _handle(self, file: Path) -> Any:
-        if file in self._handles:
-            return self._handles[file]
+    def _shard(self, file: Path) -> _Shard:
+        with self._opening:
+            if file not in self._shards:
+                self._shards[file] = self._open(file)
+            return self._shards[file]
+
+    def _open(self, file: Path) -> _Shard:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{self.folder / INDEX_FILE} names {file.name}, which is not in {self.folder};"
                 " download it again."
             )
         try:
-            opened = safetensors.safe_open(file, framework="numpy")
+            with safetensors.safe_open(file, framework="numpy"):
+                pass  # it has checked that header and file fit together
         except safetensors.SafetensorError as error:
             raise ValueError(_damaged(file, error)) from error
-        self._handles[file] = self._open_files.enter_context(opened)
-        return self._handles[file]
+        stream = self._open_files.enter_context(file.open("rb"))
+        length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
+        header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        begin = _HEADER_LENGTH_BYTES + length
+        tensors = {
+            name: TensorInfo(
+                name, file, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+        }
+        return _Shard(stream.fileno(), tensors, metadata)
 
 
 def _damaged(file: Path, error: Exception) -> str:

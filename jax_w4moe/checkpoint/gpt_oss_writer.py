@@ -18,8 +18,9 @@ from jax import Array
 from safetensors.numpy import save_file
 
 from jax_w4moe import checks
+from jax_w4moe.checkpoint.families import DEFAULT_LIMIT
 from jax_w4moe.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from jax_w4moe.checkpoint.gpt_oss import DEFAULT_LIMIT, MODEL_TYPE, PREFIX
+from jax_w4moe.checkpoint.gpt_oss import MODEL_TYPE, PREFIX
 from jax_w4moe.formats import MXFP4
 from jax_w4moe.types import ExpertWeights, QuantizedTensor
 

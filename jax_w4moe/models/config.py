@@ -10,11 +10,13 @@ from typing import Any, Self
 import numpy as np
 
 from jax_w4moe.activations import SwiGLU
+from jax_w4moe.checkpoint.families import DEFAULT_LIMIT
 from jax_w4moe.checkpoint.files import CONFIG_FILE, CheckpointFiles
-from jax_w4moe.checkpoint.gpt_oss import ALPHA, BETA, DEFAULT_LIMIT, MODEL_TYPE
+from jax_w4moe.checkpoint.gpt_oss import MODEL_TYPE
 
 SLIDING, FULL = LAYER_TYPES = ("sliding_attention", "full_attention")
 
+_ALPHA = 1.702  # the sigmoid's slope, where config.json does not say
 _ROPE_THETA = 150000.0
 # What transformers takes where config.json says nothing of positions.
 _DEFAULT_ROPE = {
@@ -103,7 +105,7 @@ class GptOssConfig:
     yarn: Yarn | None = None
     rms_norm_eps: float = 1e-5
     attention_bias: bool = True
-    swiglu_alpha: float = ALPHA
+    swiglu_alpha: float = _ALPHA
     swiglu_limit: float = DEFAULT_LIMIT
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
@@ -130,7 +132,7 @@ class GptOssConfig:
     @property
     def activation(self) -> SwiGLU:
         """Of the experts."""
-        return SwiGLU(alpha=self.swiglu_alpha, beta=BETA, limit=self.swiglu_limit)
+        return SwiGLU(alpha=self.swiglu_alpha, beta=1.0, limit=self.swiglu_limit)
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of a layer sees, itself included; None: all before it."""

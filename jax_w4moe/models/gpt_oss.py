@@ -138,8 +138,8 @@ class GptOss(nnx.Module):
         """Loads a folder of the Hugging Face layout with its experts in MXFP4.
 
         Names, dtypes and shapes of the whole model are checked before any data is read. Layers are
-        read one after the other: beside what is loaded there is one tensor on the host and, with a
-        mesh, the layer at hand on the default device.
+        read one after the other, experts to the devices that hold them: beside what is loaded there
+        is one tensor, or a few experts, on the host.
 
         Args:
           path: the folder, with config.json.
@@ -389,7 +389,4 @@ def _load_experts(path: Any, number: int, abstract: FusedMoE, mesh: Mesh | None)
     """A layer's router and experts, with the options of an abstract one."""
     names = ("act_dtype", "dtype", "implementation", "expert_axis", "tensor_axis", "exchange")
     options = {name: getattr(abstract, name) for name in ("activation", *names)}
-    layer = FusedMoE.from_checkpoint(path, number, **options)
-    if mesh is not None:
-        layer.shard(mesh)
-    return layer
+    return FusedMoE.from_checkpoint(path, number, mesh=mesh, **options)

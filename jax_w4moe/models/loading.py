@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from jax_w4moe.checkpoint import families
 from jax_w4moe.checkpoint.base import detect
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.checkpoint.gpt_oss import GPT_OSS, PREFIX
@@ -75,9 +76,8 @@ def check(files: CheckpointFiles, config: GptOssConfig) -> None:
             f" config.json says num_hidden_layers={len(wanted)}; take both from the same"
             " checkpoint."
         )
-    for layer in wanted:
-        disk_format.layer(files, layer)
-    disk_format.config(files)
+    experts = [disk_format.layer(files, layer) for layer in wanted]
+    families.moe_config(files, stored, experts[0], disk_format.model_type)
     if unknown := next(_unknown(files, expected), None):
         raise ValueError(
             f"{files.names[unknown]}: {unknown} is no tensor of a gpt-oss model of this"

@@ -13,20 +13,38 @@ pytest.importorskip("safetensors", reason="needs the extra: pip install 'jax_w4m
 
 from safetensors.numpy import save_file
 
+from jax_w4moe import MXFP4
 from jax_w4moe.checkpoint import (
     load_experts,
     load_router,
+    loading,
     moe_config,
     save_gpt_oss,
 )
+from jax_w4moe.checkpoint.files import CheckpointFiles
 from tests.checkpoint.common import EXPERTS, moe_layer, rewrite, set_config
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_mesh(one_file: Path) -> None:
-    with pytest.raises(NotImplementedError, match="one device; leave mesh out"):
-        load_experts(one_file, 0, mesh=jax.make_mesh((1,), ("x",)))
+def test_axes(one_file: Path) -> None:
+    with pytest.raises(ValueError, match="expert_axis='x', tensor_axis=None without mesh; pass"):
+        load_experts(one_file, 0, expert_axis="x")
+    with pytest.raises(ValueError, match="tensor_axis='y' is not an axis of the mesh"):
+        load_experts(one_file, 0, mesh=jax.make_mesh((1,), ("x",)), tensor_axis="y")
+
+
+def test_quantize_of_4_bits(one_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"quantize=MXFP4, but .* in 4 bits .*leave quantize out"):
+        load_experts(one_file, 0, quantize=MXFP4)
+
+
+def test_too_little_memory(one_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed from headers: nothing is read."""
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 2**16)
+    monkeypatch.setattr(CheckpointFiles, "read", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(MemoryError, match=r"layer 0: \d+ bytes are needed on .*, 65536 are free"):
+        load_experts(one_file, 0)
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -209,7 +227,10 @@ def test_other_formats(tmp_path: Path) -> None:
     """A dequantised checkpoint, and one without experts."""
     file = tmp_path / "model.safetensors"
     save_file({EXPERTS + "gate_up_proj": np.zeros((2, 64, 64), np.float32)}, file)
-    message = r"formats? .*\(gpt-oss MXFP4\) among 1 tensors, experts are stored as .*gate_up_proj"
+    message = (
+        r"formats? .*\(packed by jax_w4moe, .*gpt-oss MXFP4.*\) among 1 tensors, experts are stored"
+        r" as .*gate_up_proj"
+    )
     with pytest.raises(NotImplementedError, match=message):
         load_experts(tmp_path, 0)
     save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, file)
@@ -243,8 +264,8 @@ def test_inexact_scales(
         load_experts(tmp_path, 0)
     text = str(caught.value)
     file, name = tmp_path / "model.safetensors", "w13" if "gate" in projection else "w2"
-    assert f"layer 0 (w13 from {file}: {EXPERTS}gate_up_proj, gate rows first;" in text
-    assert f"w2 from {file}: {EXPERTS}down_proj): {name}: " in text
+    assert f"layer 0 (w13 from {file}: {EXPERTS}gate_up_proj_blocks, gate rows first;" in text
+    assert f"w2 from {file}: {EXPERTS}down_proj_blocks): {name}: " in text
     row = 2 if projection == "gate_up_proj" else 4
     assert f"the first is in expert {expert}, row {row}, k from 0" in text
 

@@ -70,7 +70,7 @@ class Judge:
             return self.mlp(layer)(x[None])[0][0].numpy()
 
     def routing(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        weight, bias = load_router(self.folder, layer)
+        weight, bias = map(jnp.asarray, load_router(self.folder, layer)[:2])
         logits = jnp.dot(
             self.x.astype(jnp.float32),
             weight.astype(jnp.float32).T,

@@ -1,6 +1,5 @@
-"""Flax NNX layers holding packed 4-bit experts."""
+"""The NNX layer that holds packed 4-bit experts, and its router."""
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Self, cast
@@ -8,7 +7,6 @@ from typing import Any, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,17 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_w4moe import checks, reference
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import Activation, SwiGLU
+from jax_w4moe.flax.initializers import EXPERT_INIT, random_experts
+from jax_w4moe.flax.router import Router
 from jax_w4moe.formats import LAYOUT_VERSION, MXFP4, WeightFormat
-from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.moe import fused_moe
 from jax_w4moe.packing import pack_experts, quantize_experts
 from jax_w4moe.quantization import PerToken, ScaleRule
-from jax_w4moe.routing import topk_routing
 from jax_w4moe.sharding import put, shard_experts
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
-
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-_EXPERT_INIT = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 
 class PackedWeight(nnx.Variable):
@@ -60,14 +55,19 @@ class FusedMoE(nnx.Module):
         scoring: str = "softmax",
         renormalize: bool = True,
         routed_scale: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int | None = None,
+        router_size: int | None = None,
         use_router_bias: bool = False,
+        use_selection_bias: bool = False,
+        table_size: int | None = None,
         use_expert_bias: bool = False,
         act_dtype: Any = jnp.float8_e4m3fn,
         act_scale: ScaleRule = PerToken(),  # noqa: B008 - frozen
         dtype: Any = jnp.bfloat16,
         param_dtype: Any = jnp.float32,
-        kernel_init: Any = _EXPERT_INIT,
-        router_kernel_init: Any = _KERNEL_INIT,
+        kernel_init: Any = EXPERT_INIT,
+        router_kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 - a pure function
         implementation: str | None = None,
         expert_axis: str | None = None,
         tensor_axis: str | None = None,
@@ -84,8 +84,12 @@ class FusedMoE(nnx.Module):
           top_k: experts per token.
           format: the weight format of the experts.
           activation: the gated activation.
-          scoring, renormalize, routed_scale: as in :func:`jax_w4moe.topk_routing`.
+          scoring, renormalize, routed_scale, num_groups, top_groups: as in
+            :func:`jax_w4moe.topk_routing`, where ``routed_scale`` is called ``scale``.
+          router_size: of what the router sees; None: H.
           use_router_bias: whether the router adds a bias to its logits.
+          use_selection_bias: whether it adds one for the choice of experts only (zero at first).
+          table_size: V of :func:`jax_w4moe.hash_routing`'s table (zero at first), None for none.
           use_expert_bias: whether the experts have biases (zero at first).
           act_dtype: what activations are rounded to before each projection; float32: they are not,
             and the experts run as :func:`jax_w4moe.reference.fused_moe` in its exact mode.
@@ -103,28 +107,30 @@ class FusedMoE(nnx.Module):
           ValueError: H or I not a multiple of 32 and of the format's group, or k not in 1..E.
         """
         checks.layer_sizes(hidden_size, intermediate_size, num_experts, top_k, format.group_size)
-        experts = _random_experts(
+        experts = random_experts(
             rngs.params(),
             (num_experts, hidden_size, intermediate_size),
             format,
             use_expert_bias,
             kernel_init,
         )
-        self.router = nnx.Linear(
-            hidden_size,
+        self.router = Router(
+            hidden_size if router_size is None else router_size,
             num_experts,
+            top_k=top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            routed_scale=routed_scale,
+            num_groups=num_groups,
+            top_groups=top_groups,
             use_bias=use_router_bias,
-            dtype=jnp.float32,
+            use_selection_bias=use_selection_bias,
+            table_size=table_size,
             param_dtype=param_dtype,
-            precision=jax.lax.Precision.HIGHEST,
             kernel_init=router_kernel_init,
             rngs=rngs,
         )
-        self.top_k = top_k
         self.activation = activation
-        self.scoring = scoring
-        self.renormalize = renormalize
-        self.routed_scale = routed_scale
         self.act_dtype = jnp.dtype(act_dtype)
         self.act_scale = act_scale
         self.dtype = jnp.dtype(dtype)
@@ -143,6 +149,8 @@ class FusedMoE(nnx.Module):
         top_k: int,
         router_kernel: Array,
         router_bias: Array | None = None,
+        selection_bias: Array | None = None,
+        table: Array | None = None,
         **options: Any,
     ) -> Self:
         """A layer around given experts.
@@ -150,8 +158,10 @@ class FusedMoE(nnx.Module):
         Args:
           experts: canonical (packed here) or packed.
           top_k: experts per token.
-          router_kernel: float[H, E].
+          router_kernel: float[H, E]; [R, E] for a router that sees R.
           router_bias: float[E], added to the logits, or None.
+          selection_bias: float[E], added for the choice of experts only, or None.
+          table: int[V, k], the experts of every token id, or None.
           **options: keywords of the constructor, from ``activation`` on.
 
         Returns:
@@ -162,9 +172,12 @@ class FusedMoE(nnx.Module):
         """
         if isinstance(experts, ExpertWeights):
             experts = pack_experts(experts)
-        checks.packed_experts(experts)
+        is_spread = options.get("expert_axis") or options.get("tensor_axis")
+        (checks.packed_shards if is_spread else checks.packed_experts)(experts)
         num_experts, hidden = experts.num_experts, experts.hidden_size
-        checks.router(router_kernel, router_bias, hidden, num_experts)
+        router_size = options.pop("router_size", hidden)
+        checks.router(router_kernel, router_bias, router_size, num_experts)
+        checks.routing_parts(selection_bias, table, num_experts, top_k)
 
         def build() -> FusedMoE:
             return cls(
@@ -173,7 +186,10 @@ class FusedMoE(nnx.Module):
                 num_experts=num_experts,
                 top_k=top_k,
                 format=experts.format,
+                router_size=router_size,
                 use_router_bias=router_bias is not None,
+                use_selection_bias=selection_bias is not None,
+                table_size=None if table is None else table.shape[0],
                 use_expert_bias=experts.w13_bias is not None or experts.w2_bias is not None,
                 rngs=nnx.Rngs(0),
                 **options,
@@ -185,6 +201,10 @@ class FusedMoE(nnx.Module):
         layer.router.kernel.set_value(jnp.asarray(router_kernel, param_dtype))
         if router_bias is not None:
             layer.router.bias.set_value(jnp.asarray(router_bias, param_dtype))
+        if selection_bias is not None:
+            layer.router.selection_bias.set_value(jnp.asarray(selection_bias, jnp.float32))
+        if table is not None:
+            layer.router.table.set_value(jnp.asarray(table, jnp.int32))
         layer._set_experts(experts)
         return cast(Self, layer)
 
@@ -213,59 +233,98 @@ class FusedMoE(nnx.Module):
         return cls.from_experts(quantize_experts(w_gate, w_up, w_down, format), **options)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], layer: int, **options: Any) -> Self:
-        """One MoE layer of a checkpoint folder, its router included.
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        layer: int,
+        *,
+        mesh: Mesh | None = None,
+        quantize: WeightFormat | None = None,
+        **options: Any,
+    ) -> Self:
+        """The routed experts and the router of one MoE layer of a checkpoint folder.
+
+        :meth:`MoEBlock.from_pretrained` takes what else the layer has, shared experts above all.
 
         Args:
           path: the folder (or .safetensors file); the format is detected.
           layer: the number of the transformer layer.
-          **options: keywords of the constructor that are not the model's own, e.g.
-            ``implementation``.
+          mesh: the devices to load onto, spread as ``expert_axis`` and ``tensor_axis`` say; None:
+            the default device.
+          quantize: the format to round float experts to; None for experts of 4 bits.
+          **options: keywords of the constructor; those that are the model's own need not be given.
 
         Returns:
           The layer.
 
         Raises:
           ValueError, TypeError: a checkpoint that is incomplete, damaged or not exact.
+          NotImplementedError: a format or a model that this version does not know.
         """
         from jax_w4moe import checkpoint  # needs the extra [checkpoint], the rest does not
 
-        config = checkpoint.moe_config(path)
-        weight, bias = checkpoint.load_router(path, layer)
-        options = {"activation": config.activation, "scoring": config.scoring, **options}
-        return cls.from_experts(
-            checkpoint.load_experts(path, layer),
+        config = checkpoint.moe_config(path, quantize=quantize)
+        router = checkpoint.load_router(path, layer)
+        model: dict[str, Any] = {
+            "activation": config.activation,
+            "scoring": config.scoring,
+            "renormalize": config.renormalize,
+            "routed_scale": config.routed_scale,
+            "num_groups": config.num_groups,
+            "top_groups": config.top_groups,
+            "router_size": router.weight.shape[1],
+        }
+        if act_scale := checkpoint.load_act_scale(path, layer):
+            model["act_scale"] = act_scale
+        axes = {name: options.get(name) for name in ("expert_axis", "tensor_axis")}
+        made = cls.from_experts(
+            checkpoint.load_experts(path, layer, quantize=quantize, mesh=mesh, **axes),
             top_k=config.top_k,
-            router_kernel=weight.T,
-            router_bias=bias,
-            **options,
+            router_kernel=router.weight.T,
+            router_bias=router.bias,
+            selection_bias=router.selection_bias,
+            table=router.table,
+            **model | options,
         )
+        if mesh is not None:
+            made.shard(mesh)
+        return made
 
-    def __call__(self, x: Array, active: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        active: Array | None = None,
+        *,
+        token_ids: Array | None = None,
+        router_input: Array | None = None,
+    ) -> Array:
         """Routes tokens and runs their experts.
 
         Args:
-          x: float[..., H]; the router sees it in f32, the experts in bf16 (in f32 with that
-            ``act_dtype``).
+          x: float[..., H]; the experts see it in bf16 (in f32 with that ``act_dtype``).
           active: bool[...], which tokens have experts at all; the others cost nothing, and their
             rows of the result are zero. None: all.
+          token_ids: int[...], the vocabulary's, for a router with a table.
+          router_input: float[..., R], what the router sees, in f32; None: x.
 
         Returns:
           [..., H] in ``dtype``.
+
+        Raises:
+          ValueError: a router with a table without token ids.
         """
         self.check_restored()
-        hidden = self.hidden_size
-        ids, weights = topk_routing(
-            self.router(x.reshape(-1, hidden)),
-            self.top_k,
-            scoring=self.scoring,
-            renormalize=self.renormalize,
-            scale=self.routed_scale,
+        seen = x if router_input is None else router_input
+        ids, weights = self.router.route(
+            seen.reshape(-1, seen.shape[-1]),
+            None if token_ids is None else token_ids.reshape(-1),
         )
         if active is not None:
             ids = jnp.where(active.reshape(-1, 1), ids, -1)
         run = self._exact if self.act_dtype == jnp.float32 else self._fused
-        return run(x.reshape(-1, hidden), ids, weights).reshape(x.shape).astype(self.dtype)
+        return (
+            run(x.reshape(-1, self.hidden_size), ids, weights).reshape(x.shape).astype(self.dtype)
+        )
 
     def _fused(self, x: Array, ids: Array, weights: Array) -> Array:
         return fused_moe(
@@ -375,106 +434,9 @@ class FusedMoE(nnx.Module):
         self.layout = PackedWeight(jnp.asarray([experts.w13.layout_version, *self.sizes]))
 
 
-def save(path: str | os.PathLike[str], module: nnx.Module) -> None:
-    """Writes a module's state, packed weights as they are, with Orbax.
-
-    Args:
-      path: a folder that does not exist yet.
-      module: any NNX module, of which FusedMoE layers may be parts.
-    """
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(os.path.abspath(path), nnx.to_pure_dict(nnx.state(module)))
-
-
-def restore(path: str | os.PathLike[str], module: nnx.Module) -> None:
-    """Reads what :func:`save` wrote into a module of the same structure, in place.
-
-    Packed weights restore onto any mesh, whichever they were saved from: what was appended for one
-    is dropped, what the other one needs is appended. With an abstract module every process reads
-    the parts of its own devices only::
-
-        model = nnx.eval_shape(lambda: Model(...))
-        for layer in model.layers:
-            layer.moe.shard(mesh)
-        restore(path, model)
-
-    Args:
-      path: the folder.
-      module: the module, possibly abstract (``nnx.eval_shape``); its arrays' shardings are kept.
-
-    Raises:
-      ValueError: an array has another shape, or a layer's weights are another layer's, or were
-        packed with another layout version, or not exactly. The module is then left as it was.
-    """
-    state = nnx.state(module)
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(os.path.abspath(path)).item_metadata
-        _check_shapes(saved.tree, state)
-        # Not strict: arrays are cut, or filled up with zeros, to the shapes of the module.
-        restored = checkpointer.restore(
-            os.path.abspath(path), nnx.to_pure_dict(state), strict=False
-        )
-    graphdef = nnx.graphdef(module)
-    nnx.replace_by_pure_dict(state, restored)
-    for _, part in nnx.iter_graph(nnx.merge(graphdef, state)):
-        if isinstance(part, FusedMoE):
-            part.check_restored()
-    nnx.update(module, state)
-
-
-def _check_shapes(saved: Any, state: nnx.State) -> None:
-    """Only packed weights may be cut or filled up; ``check_restored`` sees to those."""
-    for path, variable in nnx.to_flat_state(state):
-        if not isinstance(variable, PackedWeight):
-            found: Any = functools.reduce(lambda tree, key: tree[str(key)], path, saved)
-            own = variable.get_value()
-            if tuple(found.shape) != own.shape:
-                raise ValueError(
-                    f"{'.'.join(map(str, path))}: shape {tuple(found.shape)} in the checkpoint,"
-                    f" {own.shape} in the module; make the module of the checkpoint's sizes."
-                )
-
-
 def _variable(array: Array | None) -> PackedWeight | None:
     return None if array is None else PackedWeight(array)
 
 
 def _value(variable: PackedWeight | None) -> Array | None:
     return None if variable is None else variable.get_value()
-
-
-def _random_experts(
-    key: Array,
-    sizes: tuple[int, int, int],
-    format: WeightFormat,
-    use_bias: bool,
-    kernel_init: Any,
-) -> PackedExperts:
-    num_experts, hidden, intermediate = sizes
-
-    def one(key: Array) -> tuple[Array, Array]:
-        shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-        gate, up, down = (
-            kernel_init(k, shape, jnp.float32)[None]
-            for k, shape in zip(jax.random.split(key, 3), shapes, strict=True)
-        )
-        packed = pack_experts(quantize_experts(gate, up, down, format))
-        return packed.w13.data[0], packed.w2.data[0]
-
-    @jax.jit
-    def all_of_them(key: Array) -> PackedExperts:
-        # One expert at a time: all kernels in f32 would be eight times the packed weights.
-        w13, w2 = jax.lax.map(one, jax.random.split(key, num_experts))
-        exact = jnp.zeros(num_experts, jnp.int32)
-        w13_shape = (num_experts, 2 * intermediate, hidden)
-        w2_shape = (num_experts, hidden, intermediate)
-        w13_bias = jnp.zeros((*w13.shape[:2], BLOCK_ROWS), jnp.float32) if use_bias else None
-        w2_bias = jnp.zeros((num_experts, hidden), jnp.float32) if use_bias else None
-        return PackedExperts(
-            PackedTensor(w13, exact, format, w13_shape, "gate_up", LAYOUT_VERSION),
-            PackedTensor(w2, exact, format, w2_shape, "canonical", LAYOUT_VERSION),
-            w13_bias,
-            w2_bias,
-        )
-
-    return all_of_them(key)
