@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jax_w4moe as w4
-from tests.helpers import data
-from tests.helpers.compare import assert_bitwise
+from tests.helpers import data, oracle
+from tests.helpers.compare import assert_bitwise, relative_rms
 
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra [flax]")
 from jax_w4moe import flax as w4flax  # noqa: E402
@@ -47,6 +47,41 @@ def test_layer_is_router_plus_fused_moe(x: jax.Array) -> None:
     )
     assert layer(x[0, 0]).shape == (H,)
     assert _layer(dtype=jnp.float32)(x).dtype == jnp.float32
+
+
+def test_tokens_that_are_not_active_have_no_expert(x: jax.Array) -> None:
+    layer = _layer()
+    active = jnp.arange(14).reshape(2, 7) % 3 > 0
+    every, some = (np.asarray(layer(x, mask)) for mask in (None, active))
+    assert_bitwise(some[active], every[active])
+    assert not some[~active].any() and every[~active].any()
+
+
+def test_exact_activations(x: jax.Array) -> None:
+    """x is not rounded on its way to the experts, nor is anything else."""
+    layer = _layer(act_dtype=jnp.float32, dtype=jnp.float32)
+    x = x.astype(jnp.float32) * 1.001
+    y = layer(x).reshape(-1, H)
+    flat = x.reshape(-1, H)
+    ids, weights = w4.topk_routing(layer.router(flat), K)
+    w_gate, w_up, w_down = w4.dequantize_experts(w4.unpack_experts(layer.experts))
+    w13 = np.concatenate([w_gate, w_up], axis=1).astype(np.float64)
+    expected = oracle.moe(
+        np.asarray(flat, np.float64),
+        w13,
+        np.asarray(w_down, np.float64),
+        np.asarray(ids),
+        np.asarray(weights, np.float64),
+        layer.activation,
+    )
+    assert relative_rms(y, expected) < 1e-6
+    for option, match in (
+        ({"implementation": "cuda_sm90"}, "cuda_sm90"),
+        ({"expert_axis": "x"}, "act_dtype=float32 runs on one device"),
+    ):
+        refusing = _layer(act_dtype=jnp.float32, **option)
+        with pytest.raises((RuntimeError, NotImplementedError), match=match):
+            refusing(x)
 
 
 def test_random_weights_are_of_the_initialiser(x: jax.Array) -> None:

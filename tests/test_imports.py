@@ -37,6 +37,7 @@ RANKS = {
     "moe": 7,
     "checkpoint": 8,
     "flax": 9,
+    "models": 10,
     "bench": 10,
     "demo": 11,
     "doctor": 11,

@@ -6,7 +6,7 @@ and norms missing. Meant for tests, demos and for handing layers to another impl
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,16 @@ _REST_OF_THE_MODEL = {
 }
 _TENSORS_PER_LAYER = 8
 _METADATA = {"format": "pt"}  # transformers refuses files without it
-_NOT_QUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+QUANTIZATION = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""Of config.json: what is stored in 4 bits."""
 
 
 class MoELayer(NamedTuple):
@@ -89,16 +98,16 @@ def save_gpt_oss(
         "num_local_experts": layers[0][1].shape[0],
         "num_experts_per_tok": top_k,
         "swiglu_limit": swiglu_limit,
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [*_NOT_QUANTIZED, "lm_head"],
-        },
+        "quantization_config": QUANTIZATION,
         **_REST_OF_THE_MODEL,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, tensors, shards)
+    # NOTE: runs of names, so that the tensors of one layer may lie in two shards, as they do in
+    # checkpoints that people have.
+    runs = [run.tolist() for run in np.array_split(np.array(list(tensors)), shards)]
+    write_shards(folder, runs, tensors.__getitem__)
     # Last, so that a write that was broken off is not mistaken for a checkpoint.
-    _write_json(folder / CONFIG_FILE, config)
+    write_json(folder / CONFIG_FILE, config)
 
 
 def _check(folder: Path, layers: Sequence[Any], top_k: int, shards: int) -> None:
@@ -134,8 +143,7 @@ def _check(folder: Path, layers: Sequence[Any], top_k: int, shards: int) -> None
     num_tensors = len(layers) * _TENSORS_PER_LAYER
     if not 1 <= shards <= num_tensors:
         raise ValueError(f"shards={shards} is not in 1..{num_tensors}, the tensors to write.")
-    if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
-        raise FileExistsError(f"{folder} holds a checkpoint already; pass an empty folder.")
+    require_empty(folder)
 
 
 def _layer_tensors(
@@ -182,23 +190,33 @@ def _blocks_and_scales(q: QuantizedTensor) -> tuple[Array, Array]:
     return blocks, MXFP4.canonical_scales(q.scales)
 
 
-def _write_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
-    if shards == 1:
-        save_file(tensors, folder / SINGLE_FILE, metadata=_METADATA)
-        return
-    # NOTE: runs of names, so that the tensors of one layer may lie in two shards, as they do in
-    # checkpoints that people have.
-    runs = np.array_split(np.array(list(tensors)), shards)
-    weight_map = {}
+def require_empty(folder: Path) -> None:
+    """Refuses a folder that holds a checkpoint."""
+    if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
+        raise FileExistsError(f"{folder} holds a checkpoint already; pass an empty folder.")
+
+
+def write_shards(
+    folder: Path, runs: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]
+) -> None:
+    """Writes a safetensors file per run of names, and the index of several; holds one at a time."""
+    weight_map, total_size = {}, 0
     for number, run in enumerate(runs, start=1):
-        file = f"model-{number:05}-of-{shards:05}.safetensors"
-        names = [str(name) for name in run]
-        save_file({name: tensors[name] for name in names}, folder / file, metadata=_METADATA)
-        weight_map.update(dict.fromkeys(names, file))
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    _write_json(folder / INDEX_FILE, index)
+        several = len(runs) > 1
+        file = f"model-{number:05}-of-{len(runs):05}.safetensors" if several else SINGLE_FILE
+        total_size += _write_shard(folder / file, run, tensor)
+        weight_map.update(dict.fromkeys(run, file))
+    if len(runs) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def _write_shard(file: Path, names: Sequence[str], tensor: Callable[[str], np.ndarray]) -> int:
+    tensors = {name: tensor(name) for name in names}
+    save_file(tensors, file, metadata=_METADATA)
+    return sum(array.nbytes for array in tensors.values())
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes it as people read it."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
