@@ -51,7 +51,7 @@ def check(files: CheckpointFiles, config: GptOssConfig) -> None:
       NotImplementedError: the experts are stored in another format.
     """
     disk_format = detect(files)
-    if disk_format is not GPT_OSS:
+    if disk_format.source(files) is not GPT_OSS:  # stored so, or converted from that
         raise NotImplementedError(
             f"{files.path}: the experts are stored as {disk_format.name}, a gpt-oss model's as"
             f" {GPT_OSS.name}; load another checkpoint."
@@ -77,7 +77,7 @@ def check(files: CheckpointFiles, config: GptOssConfig) -> None:
             " checkpoint."
         )
     experts = [disk_format.layer(files, layer) for layer in wanted]
-    families.moe_config(files, stored, experts[0], disk_format.model_type)
+    families.moe_config(files, stored, experts[0], GPT_OSS.model_type)
     if unknown := next(_unknown(files, expected), None):
         raise ValueError(
             f"{files.names[unknown]}: {unknown} is no tensor of a gpt-oss model of this"

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra [flax]")
 pytest.importorskip("safetensors", reason="needs the extra [checkpoint]")
 
+from jax_w4moe.checkpoint import convert  # noqa: E402
 from jax_w4moe.flax import FusedMoE  # noqa: E402
 from jax_w4moe.models import Cache, GptOss, Runner, Yarn, save_random_gpt_oss  # noqa: E402
 from tests.helpers.compare import assert_bitwise, relative_rms  # noqa: E402
@@ -236,3 +237,12 @@ def test_random_model_in_bf16_and_fp8() -> None:
     assert np.isnan(logits[1]).all()
     packed = nnx.state(model, nnx.Not(nnx.Param))  # gradients see everything but the experts
     assert not {"embed_tokens", "norm", "lm_head"} & set(packed)
+
+
+def test_converted(folder: Path, runner: Runner, tmp_path: Path) -> None:
+    """From packed experts the same model, bit for bit."""
+    convert(folder, tmp_path / "packed")
+    model = GptOss.from_pretrained(tmp_path / "packed", **EXACT)
+    expected = jax.tree.leaves(runner.model)
+    for one, other in zip(jax.tree.leaves(model), expected, strict=True):
+        assert_bitwise(one, other)
