@@ -112,7 +112,11 @@ def test_other_formats_activations_and_scale_rules(
 
 
 @pytest.mark.parametrize("mode", ["exact", "mirrored"])
-@pytest.mark.parametrize("shape", [(5, 96, 32, 3), (8, 256, 160, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 96, 32, 3), pytest.param((8, 256, 160, 4), marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_a_token_is_bitwise_the_same_alone_and_among_others(
     rng: np.random.Generator, mode: reference.Mode, shape: tuple[int, int, int, int]
 ) -> None:

@@ -11,6 +11,7 @@ from jax_w4moe.checkpoint.convert import convert
 from jax_w4moe.checkpoint.deepseek_v4 import DEEPSEEK_V4
 from jax_w4moe.checkpoint.deepseek_w4afp8 import DEEPSEEK_W4AFP8
 from jax_w4moe.checkpoint.families import MoEConfig
+from jax_w4moe.checkpoint.files import CheckpointFiles, opened
 from jax_w4moe.checkpoint.float_experts import FLOAT_EXPERTS
 from jax_w4moe.checkpoint.gpt_oss import GPT_OSS, GPT_OSS_ORIGINAL
 from jax_w4moe.checkpoint.gpt_oss_writer import MoELayer, save_gpt_oss
@@ -36,6 +37,7 @@ __all__ = [
     "NVFP4_EXPERTS",
     "PACKED",
     "PACK_QUANTIZED",
+    "CheckpointFiles",
     "Latent",
     "MoEConfig",
     "MoELayer",
@@ -48,5 +50,6 @@ __all__ = [
     "load_router",
     "load_shared_expert",
     "moe_config",
+    "opened",
     "save_gpt_oss",
 ]

@@ -59,7 +59,7 @@ def convert(
         for on_disk in layers:
             check_sizes(files, on_disk)
         outputs: list[_Experts | _Rest] = [
-            *(_Experts(source, disk_format, on_disk, quantize) for on_disk in layers),
+            *(_Experts(files, disk_format, on_disk, quantize) for on_disk in layers),
             *(_Rest(files, number, names) for number, names in enumerate(rest)),
         ]
         _claim(folder, files, quantize)
@@ -86,7 +86,7 @@ class _Experts:
 
     def __init__(
         self,
-        source: str | os.PathLike[str],
+        files: CheckpointFiles,
         disk_format: DiskFormat,
         on_disk: LayerOnDisk,
         quantize: WeightFormat | None,
@@ -97,10 +97,10 @@ class _Experts:
         self._names = {name: f"{on_disk.prefix}experts.{name}" for name in abstract}
         self.names = list(self._names.values())
         self.nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
-        self._source, self._layer, self._quantize = source, on_disk.layer, quantize
+        self._files, self._layer, self._quantize = files, on_disk.layer, quantize
 
     def tensors(self) -> dict[str, np.ndarray]:
-        experts = load_experts(self._source, self._layer, quantize=self._quantize)
+        experts = load_experts(self._files, self._layer, quantize=self._quantize)
         arrays = packed.named_arrays(experts)
         return {self._names[name]: np.asarray(array) for name, array in arrays.items()}
 

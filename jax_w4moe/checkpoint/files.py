@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -283,6 +284,19 @@ class CheckpointFiles:
                 name, file, entry["dtype"], shape, begin + first, end - first
             )
         return _Shard(stream.fileno(), tensors, metadata)
+
+
+@contextlib.contextmanager
+def opened(path: "AnyPath") -> Iterator[CheckpointFiles]:
+    """The files at a path; files that are open already stay so."""
+    if isinstance(path, CheckpointFiles):
+        yield path
+        return
+    with CheckpointFiles(path) as files:
+        yield files
+
+
+AnyPath = str | os.PathLike[str] | CheckpointFiles
 
 
 def _damaged(file: Path, error: Exception) -> str:

@@ -4,6 +4,7 @@ Only routers and experts are written: a reader that wants a whole model finds at
 and norms missing. Meant for tests, demos and for handing layers to another implementation.
 """
 
+import concurrent.futures
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -199,7 +200,10 @@ def require_empty(folder: Path) -> None:
 def write_shards(
     folder: Path, runs: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a safetensors file per run of names, and the index of several; holds one at a time."""
+    """Writes a safetensors file per run of names, and the index of several; holds one at a time.
+
+    ``tensor`` is called by several threads.
+    """
     weight_map, total_size = {}, 0
     for number, run in enumerate(runs, start=1):
         several = len(runs) > 1
@@ -212,7 +216,8 @@ def write_shards(
 
 
 def _write_shard(file: Path, names: Sequence[str], tensor: Callable[[str], np.ndarray]) -> int:
-    tensors = {name: tensor(name) for name in names}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        tensors = dict(zip(names, pool.map(tensor, names), strict=True))
     save_file(tensors, file, metadata=_METADATA)
     return sum(array.nbytes for array in tensors.values())
 

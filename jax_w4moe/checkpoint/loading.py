@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ from jax_w4moe.checkpoint.base import (
     LayerOnDisk,
     detect,
 )
-from jax_w4moe.checkpoint.files import CheckpointFiles
+from jax_w4moe.checkpoint.files import AnyPath, CheckpointFiles, opened
 from jax_w4moe.formats import MXFP4, WeightFormat
 from jax_w4moe.formats.layout import BLOCK_K
 from jax_w4moe.packing import pack_experts, quantize_experts
@@ -37,14 +36,12 @@ from jax_w4moe.sharding import shard_experts
 from jax_w4moe.sharding.specs import ROW_BLOCKS
 from jax_w4moe.types import ExpertWeights, PackedExperts
 
-Path = str | os.PathLike[str]
-
 READERS = 4
 """Threads that read, and experts that are in host memory at once beside the one in work."""
 
 
 def load_experts(
-    path: Path,
+    path: AnyPath,
     layer: int,
     *,
     quantize: WeightFormat | None = None,
@@ -58,7 +55,8 @@ def load_experts(
     Names, dtypes, shapes and the devices' free memory are checked before any data is read.
 
     Args:
-      path: a checkpoint folder, or one .safetensors file. Its format is detected.
+      path: a checkpoint folder, one .safetensors file, or a :class:`CheckpointFiles` of them: then
+        the headers are read once for all layers. The format is detected.
       layer: the layer's number in the checkpoint.
       quantize: the format to round float experts (bf16, FP8) to; None for experts of 4 bits.
       mesh: the devices; None: the default device. Every process of a mesh must call.
@@ -76,7 +74,7 @@ def load_experts(
       NotImplementedError: a format that this version does not read.
       MemoryError: a device has too little memory left.
     """
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         disk_format, on_disk = _checked(files, layer, quantize)
         whole = on_disk.packed()
         if mesh is not None:
@@ -104,11 +102,11 @@ def load_experts(
         return _joined(whole, shards)
 
 
-def load_router(path: Path, layer: int) -> block.Router:
+def load_router(path: AnyPath, layer: int) -> block.Router:
     """Loads the router of one MoE layer.
 
     Args:
-      path: a checkpoint folder, or one .safetensors file.
+      path: as in :func:`load_experts`.
       layer: the layer's number in the checkpoint.
 
     Returns:
@@ -117,38 +115,38 @@ def load_router(path: Path, layer: int) -> block.Router:
     Raises:
       FileNotFoundError, ValueError, TypeError, NotImplementedError: as :func:`load_experts`.
     """
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         disk_format, on_disk = _checked_beside(files, layer)
         return block.read_router(files, disk_format.source(files), on_disk)
 
 
-def load_shared_expert(path: Path, layer: int) -> block.SharedExpert | None:
+def load_shared_expert(path: AnyPath, layer: int) -> block.SharedExpert | None:
     """Loads the shared experts of one MoE layer in bf16, None if it has none; else as
     :func:`load_router`."""
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         return block.read_shared_expert(files, _checked_beside(files, layer)[1])
 
 
-def load_latent(path: Path, layer: int) -> block.Latent | None:
+def load_latent(path: AnyPath, layer: int) -> block.Latent | None:
     """Loads what lies around the experts of a layer with latent experts in bf16, None if they see
     the tokens themselves; else as :func:`load_router`."""
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         return block.read_latent(files, _checked_beside(files, layer)[1])
 
 
-def load_act_scale(path: Path, layer: int) -> Static | None:
+def load_act_scale(path: AnyPath, layer: int) -> Static | None:
     """Loads the scales of a layer's activations, None if the checkpoint has none; else as
     :func:`load_router`."""
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         disk_format, on_disk = _checked_beside(files, layer)
         return disk_format.source(files).read_act_scale(files, on_disk)
 
 
-def moe_config(path: Path, *, quantize: WeightFormat | None = None) -> families.MoEConfig:
+def moe_config(path: AnyPath, *, quantize: WeightFormat | None = None) -> families.MoEConfig:
     """Reads what a model needs to know of its MoE layers.
 
     Args:
-      path: a checkpoint folder with its config.json, or one .safetensors file beside it.
+      path: as in :func:`load_experts`, with a config.json.
       quantize: as in :func:`load_experts`.
 
     Returns:
@@ -159,7 +157,7 @@ def moe_config(path: Path, *, quantize: WeightFormat | None = None) -> families.
       ValueError, TypeError, NotImplementedError: as :func:`load_experts`, or a config.json of an
         unknown family, or one that does not fit the tensors.
     """
-    with CheckpointFiles(path) as files:
+    with opened(path) as files:
         disk_format = detect(files)
         layers = disk_format.layers(files)
         first = disk_format.layer(files, layers[0], quantize)

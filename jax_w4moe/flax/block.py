@@ -1,6 +1,5 @@
 """A whole MoE block: routed experts, shared experts, and the projections around latent ones."""
 
-import os
 from typing import Any, Self
 
 import jax
@@ -89,7 +88,7 @@ class MoEBlock(nnx.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: Any,
         layer: int,
         *,
         mesh: Mesh | None = None,
@@ -99,7 +98,8 @@ class MoEBlock(nnx.Module):
         """One MoE layer of a checkpoint folder, whole.
 
         Args:
-          path: the folder; format and model family are detected.
+          path: the folder, as in :func:`jax_w4moe.checkpoint.load_experts`; format and model family
+            are detected.
           layer: the number of the transformer layer.
           mesh: the devices to load onto; the experts are spread over ``expert_axis`` and
             ``tensor_axis``, all else is on each. None: the default device.
@@ -115,9 +115,10 @@ class MoEBlock(nnx.Module):
         """
         from jax_w4moe import checkpoint  # needs the extra [checkpoint], the rest does not
 
-        latent = checkpoint.load_latent(path, layer)
-        shared = checkpoint.load_shared_expert(path, layer)
-        routed = FusedMoE.from_checkpoint(path, layer, mesh=mesh, quantize=quantize, **options)
+        with checkpoint.opened(path) as files:
+            latent = checkpoint.load_latent(files, layer)
+            shared = checkpoint.load_shared_expert(files, layer)
+            routed = FusedMoE.from_checkpoint(files, layer, mesh=mesh, quantize=quantize, **options)
         block = cls(
             routed,
             None if shared is None else SharedExpert(*shared, routed.activation),

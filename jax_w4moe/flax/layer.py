@@ -1,6 +1,5 @@
 """The NNX layer that holds packed 4-bit experts, and its router."""
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -235,7 +234,7 @@ class FusedMoE(nnx.Module):
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike[str],
+        path: Any,
         layer: int,
         *,
         mesh: Mesh | None = None,
@@ -247,7 +246,7 @@ class FusedMoE(nnx.Module):
         :meth:`MoEBlock.from_pretrained` takes what else the layer has, shared experts above all.
 
         Args:
-          path: the folder (or .safetensors file); the format is detected.
+          path: the folder, as in :func:`jax_w4moe.checkpoint.load_experts`.
           layer: the number of the transformer layer.
           mesh: the devices to load onto, spread as ``expert_axis`` and ``tensor_axis`` say; None:
             the default device.
@@ -263,22 +262,24 @@ class FusedMoE(nnx.Module):
         """
         from jax_w4moe import checkpoint  # needs the extra [checkpoint], the rest does not
 
-        config = checkpoint.moe_config(path, quantize=quantize)
-        router = checkpoint.load_router(path, layer)
-        model: dict[str, Any] = {
-            "activation": config.activation,
-            "scoring": config.scoring,
-            "renormalize": config.renormalize,
-            "routed_scale": config.routed_scale,
-            "num_groups": config.num_groups,
-            "top_groups": config.top_groups,
-            "router_size": router.weight.shape[1],
-        }
-        if act_scale := checkpoint.load_act_scale(path, layer):
-            model["act_scale"] = act_scale
-        axes = {name: options.get(name) for name in ("expert_axis", "tensor_axis")}
+        with checkpoint.opened(path) as files:
+            config = checkpoint.moe_config(files, quantize=quantize)
+            router = checkpoint.load_router(files, layer)
+            model: dict[str, Any] = {
+                "activation": config.activation,
+                "scoring": config.scoring,
+                "renormalize": config.renormalize,
+                "routed_scale": config.routed_scale,
+                "num_groups": config.num_groups,
+                "top_groups": config.top_groups,
+                "router_size": router.weight.shape[1],
+            }
+            if act_scale := checkpoint.load_act_scale(files, layer):
+                model["act_scale"] = act_scale
+            axes = {name: options.get(name) for name in ("expert_axis", "tensor_axis")}
+            experts = checkpoint.load_experts(files, layer, quantize=quantize, mesh=mesh, **axes)
         made = cls.from_experts(
-            checkpoint.load_experts(path, layer, quantize=quantize, mesh=mesh, **axes),
+            experts,
             top_k=config.top_k,
             router_kernel=router.weight.T,
             router_bias=router.bias,

@@ -171,7 +171,7 @@ class GptOss(nnx.Module):
                 stored = files.read(name)
                 _fill(variable, stored.T if is_transposed else stored)
             for number, block in enumerate(model.layers):
-                block.mlp = _load_experts(path, number, block.mlp, mesh)
+                block.mlp = _load_experts(files, number, block.mlp, mesh)
                 if progress is not None:
                     progress(number + 1, config.num_hidden_layers)
         return model
@@ -385,8 +385,10 @@ def _fill(variable: nnx.Param, stored: np.ndarray) -> None:
     variable.set_value(jax.device_put(stored.astype(abstract.dtype), abstract.sharding))
 
 
-def _load_experts(path: Any, number: int, abstract: FusedMoE, mesh: Mesh | None) -> FusedMoE:
+def _load_experts(
+    files: CheckpointFiles, number: int, abstract: FusedMoE, mesh: Mesh | None
+) -> FusedMoE:
     """A layer's router and experts, with the options of an abstract one."""
     names = ("act_dtype", "dtype", "implementation", "expert_axis", "tensor_axis", "exchange")
     options = {name: getattr(abstract, name) for name in ("activation", *names)}
-    return FusedMoE.from_checkpoint(path, number, mesh=mesh, **options)
+    return FusedMoE.from_checkpoint(files, number, mesh=mesh, **options)

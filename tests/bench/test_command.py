@@ -16,6 +16,9 @@ from jax_w4moe.bench import backends, host, layers, machine, report, spread, sta
 from jax_w4moe.cli import app
 from jax_w4moe.tuning import choice, recording, winners
 
+# In one process, that the fixture is run once.
+pytestmark = pytest.mark.xdist_group("bench")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:

@@ -1,0 +1,93 @@
+"""gpt-oss on a Hopper GPU: the kernels within the model, against exact f32 on the same device."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax", reason="needs the extra [flax]")
+pytest.importorskip("safetensors", reason="needs the extra [checkpoint]")
+
+from jax_w4moe.models import GptOss, Runner, save_random_gpt_oss
+from tests.helpers.compare import assert_bitwise, relative_rms
+from tests.models.common import config
+
+pytestmark = pytest.mark.gpu
+
+PROMPT, STEPS, ROWS = 64, 32, 2
+# The judge compares the exact model with transformers; this compares the kernels with it.
+BOUNDS = {"bfloat16": 1e-2, "float8_e4m3fn": 0.2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "gpt_oss"
+    layers = ("sliding_attention", "full_attention") * 2
+    tiny = config(
+        vocab_size=160,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        layer_types=layers,
+        sliding_window=8,
+        max_position_embeddings=256,
+    )
+    save_random_gpt_oss(path, tiny, seed=1, shards=2)
+    return path
+
+
+def _logits(model: GptOss, tokens: np.ndarray) -> np.ndarray:
+    """f32[B, 1 + STEPS, V]: after the prompt, then after every step over the cache."""
+    runner = Runner(model)
+    cache = runner.init_cache(ROWS, PROMPT + STEPS)
+    lengths = jnp.full(ROWS, PROMPT, jnp.int32)
+    logits, cache = runner.prefill(cache, jnp.asarray(tokens[:, :PROMPT]), lengths)
+    parts = [np.asarray(logits)]
+    for step in range(PROMPT, PROMPT + STEPS):
+        logits, cache = runner.decode(cache, jnp.asarray(tokens[:, step]))
+        parts.append(np.asarray(logits))
+    return np.stack(parts, axis=1)
+
+
+@pytest.mark.parametrize("act_dtype", BOUNDS)
+def test_logits_and_greedy_tokens(folder: Path, act_dtype: str, rng: np.random.Generator) -> None:
+    """Relative RMS of logits, and the same greedy tokens wherever the margin is clear."""
+    options = {"dtype": jnp.float32}
+    exact = GptOss.from_pretrained(folder, act_dtype=jnp.float32, implementation="xla", **options)
+    tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
+    expected = _logits(exact, tokens)
+    kernels = GptOss.from_pretrained(
+        folder, act_dtype=jnp.dtype(act_dtype), implementation="cuda_sm90", **options
+    )
+    actual = _logits(kernels, tokens)
+    error = relative_rms(actual, expected)
+    assert error <= BOUNDS[act_dtype]
+    best_two = np.sort(expected, axis=-1)[..., -2:]
+    clear = best_two[..., 1] - best_two[..., 0] > 10 * np.sqrt(np.mean((actual - expected) ** 2))
+    same = actual.argmax(-1) == expected.argmax(-1)
+    assert same[clear].all()
+    print(f"{act_dtype}: {error:.1e}, {same.sum()} of {same.size} equal, {clear.sum()} clear")
+
+
+def test_steps_are_repeatable(folder: Path, rng: np.random.Generator) -> None:
+    """The same bits in every run, in bf16 with FP8 experts, as a server runs it."""
+    tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
+    model = GptOss.from_pretrained(folder)
+    first = _logits(model, tokens)
+    for _ in range(3):
+        assert_bitwise(_logits(model, tokens), first)
+
+
+def test_attention_by_cudnn(folder: Path, rng: np.random.Generator) -> None:
+    """Whatever computes attention, the model is the same one."""
+    tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
+    logits = [
+        _logits(GptOss.from_pretrained(folder, act_dtype=jnp.bfloat16, attention=attention), tokens)
+        for attention in ("xla", "cudnn")
+    ]
+    assert relative_rms(logits[1], logits[0]) <= 0.05
+    assert jax.default_backend() == "gpu"
