@@ -3,11 +3,7 @@
 import os
 
 # Before jax starts its CPU backend.
-_flags = "--xla_force_host_platform_device_count=8"
-if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
-    # XLA's older code generator compiles in half the time.
-    _flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _flags)
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import numpy as np

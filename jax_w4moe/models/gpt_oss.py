@@ -137,9 +137,9 @@ class GptOss(nnx.Module):
     ) -> Self:
         """Loads a folder of the Hugging Face layout with its experts in MXFP4.
 
-        Names, dtypes and shapes of the whole model are checked before any data is read. Layers are
-        read one after the other, experts to the devices that hold them: beside what is loaded there
-        is one tensor, or a few experts, on the host.
+        Names, dtypes, shapes and memory of the whole model are checked before any data is read.
+        Layers are read one after the other, experts to the devices that hold them: beside what is
+        loaded there is one tensor, or a few experts, on the host.
 
         Args:
           path: the folder, with config.json.
@@ -157,6 +157,7 @@ class GptOss(nnx.Module):
           FileNotFoundError: there is no such folder, or a file of it is missing.
           ValueError, TypeError, NotImplementedError: files or settings that are damaged, do not fit
             together, or ask for something that this version does not do.
+          MemoryError: a device has too little memory left for its part.
         """
         checks.placement(mesh, expert_axis, tensor_axis)
         options |= {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
@@ -167,6 +168,7 @@ class GptOss(nnx.Module):
             loading.check(files, config)
             if mesh is not None:
                 model.shard(mesh)
+            loading.check_memory(model)
             for name, variable, is_transposed in _stored(model):
                 stored = files.read(name)
                 _fill(variable, stored.T if is_transposed else stored)

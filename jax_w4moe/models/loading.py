@@ -1,12 +1,18 @@
 """A gpt-oss folder of the Hugging Face layout: what must be in it, and reading all but experts."""
 
+import math
 import re
 from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jax_w4moe.checkpoint import families
 from jax_w4moe.checkpoint.base import detect
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.checkpoint.gpt_oss import GPT_OSS, PREFIX
+from jax_w4moe.checkpoint.loading import free_bytes
 from jax_w4moe.models.config import GptOssConfig
 
 LAYER = "model.layers.{layer}."
@@ -83,6 +89,30 @@ def check(files: CheckpointFiles, config: GptOssConfig) -> None:
             f"{files.names[unknown]}: {unknown} is no tensor of a gpt-oss model of this"
             " config.json, and would be ignored; take both from the same checkpoint."
         )
+
+
+def check_memory(model: Any) -> None:
+    """Refuses an abstract model that a device of this process has no room for.
+
+    Raises:
+      MemoryError: it has not.
+    """
+    needed: dict[jax.Device | None, int] = {}
+    for leaf in jax.tree.leaves(model):
+        sharding = leaf.sharding
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        devices = [None] if sharding is None else sharding.addressable_devices
+        for device in devices:
+            nbytes = math.prod(shape) * leaf.dtype.itemsize
+            needed[device] = needed.get(device, 0) + nbytes
+    for device, nbytes in needed.items():
+        own = device or jnp.zeros(()).devices().pop()
+        free = free_bytes(own)
+        if free is not None and nbytes > free:
+            raise MemoryError(
+                f"the model needs {nbytes} bytes on {own}, {free} are free; spread it over more"
+                " devices (mesh, expert_axis, tensor_axis), or free some memory."
+            )
 
 
 def _unknown(files: CheckpointFiles, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:

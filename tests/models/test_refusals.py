@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ pytest.importorskip("safetensors", reason="needs the extra [checkpoint]")
 from safetensors.numpy import load_file  # noqa: E402
 
 from jax_w4moe.checkpoint.files import CheckpointFiles  # noqa: E402
-from jax_w4moe.models import GptOss, GptOssConfig, save_random_gpt_oss  # noqa: E402
+from jax_w4moe.models import (  # noqa: E402
+    GptOss,
+    GptOssConfig,
+    loading,
+    save_random_gpt_oss,
+)
 from jax_w4moe.models.cache import empty_cache  # noqa: E402
 from tests.checkpoint.common import rewrite, set_config  # noqa: E402
 from tests.helpers.compare import assert_bitwise  # noqa: E402
@@ -200,3 +206,25 @@ def test_random_weights(tmp_path: Path, changes: Any, shards: int, match: str) -
     save_random_gpt_oss(tmp_path / "twice", CONFIG)
     with pytest.raises(FileExistsError, match="holds a checkpoint already"):
         save_random_gpt_oss(tmp_path / "twice", CONFIG)
+
+
+@pytest.mark.parametrize("axis", [None, "expert_axis", "tensor_axis"])
+def test_too_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str | None
+) -> None:
+    """Of the whole model, computed from config and headers; a device needs its part only."""
+    save_random_gpt_oss(tmp_path, CONFIG)
+    options = {} if axis is None else {"mesh": make_mesh((2,), axes=("x",)), axis: "x"}
+    model = GptOss.from_pretrained(tmp_path, **options)
+    device = next(iter(model.norm.weight.get_value().devices()))
+    parts = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(model)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    ]
+    monkeypatch.setattr(CheckpointFiles, "read", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(loading, "free_bytes", lambda _: sum(parts) - 1)
+    sentence = rf"the model needs {sum(parts)} bytes on .*, {sum(parts) - 1} are free; spread it"
+    with pytest.raises(MemoryError, match=sentence):
+        GptOss.from_pretrained(tmp_path, **options)
