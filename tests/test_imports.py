@@ -39,6 +39,7 @@ RANKS = {
     "flax": 9,
     "models": 10,
     "bench": 10,
+    "serving": 11,
     "demo": 11,
     "doctor": 11,
     "cli": 12,
