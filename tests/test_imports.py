@@ -16,6 +16,7 @@ RANKS = {
     "formats.layout": 0,
     "_ffi": 1,
     "varying": 0,
+    "launcher": 0,
     "formats": 1,
     "activations": 1,
     "timing": 1,

@@ -3,6 +3,7 @@
 from jax_w4moe.serving.engine import Engine
 from jax_w4moe.serving.metrics import Metrics, compilations
 from jax_w4moe.serving.requests import Closed, Generation, Refused, Request
+from jax_w4moe.serving.server import load, serve
 from jax_w4moe.serving.steps import Steps
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "Request",
     "Steps",
     "compilations",
+    "load",
+    "serve",
 ]

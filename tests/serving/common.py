@@ -13,7 +13,7 @@ from jax_w4moe.serving import Engine, Request, Steps
 from tests.models.common import config
 
 SLOTS, CAPACITY, LENGTHS = 4, 24, (4, 8, 16)
-CONFIG = config(eos_token_ids=(7,), sliding_window=6)
+CONFIG = config(eos_token_ids=(7,), sliding_window=6, num_local_experts=8)
 EXACT = {"dtype": jnp.float32, "act_dtype": jnp.float32}
 LIMIT_S = 60.0  # no test waits longer
 
@@ -32,14 +32,15 @@ def make_steps(model: GptOss) -> Steps:
 class Offline:
     """Greedy answers, one request at a time."""
 
-    def __init__(self, model: GptOss) -> None:
+    def __init__(self, model: GptOss, padded: int = max(LENGTHS)) -> None:
         self.runner = Runner(model)
+        self.padded = padded
         self.eos = model.config.eos_token_ids
 
     def answer(self, request: Request) -> tuple[list[int], str]:
         """(tokens, finish reason) as the engine is to give them."""
         length = len(request.prompt)
-        prompt = np.zeros((1, max(LENGTHS)), np.int32)
+        prompt = np.zeros((1, self.padded), np.int32)
         prompt[0, :length] = request.prompt
         cache = self.runner.init_cache(SLOTS, CAPACITY)
         one = np.zeros(1, np.int32)
