@@ -8,7 +8,9 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import jax
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -51,7 +53,16 @@ class _Api:
         self._created = int(time.time())
 
     async def models(self, _: HttpRequest) -> Response:
-        model = {"id": self._name, "object": "model", "created": self._created}
+        steps = self._engine.steps
+        model = {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "max_model_len": steps.capacity,
+            "vocab_size": steps.vocab_size,
+            "slots": steps.slots,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, _: HttpRequest) -> Response:
@@ -72,6 +83,8 @@ class _Api:
             return _error(400, "The body is no JSON; send an object with a prompt.")
         except ValueError as error:
             return _error(400, str(error))
+        except ClientDisconnect:
+            return _error(400, "The client left before the body had come.")
         except Refused as error:
             return _error(429, str(error))
         except Closed as error:

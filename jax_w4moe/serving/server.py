@@ -102,9 +102,11 @@ def _join(coordinator: str, processes: int, process: int) -> None:
         process_id=process,
         heartbeat_timeout_seconds=_HEARTBEAT_S,
     )
+    # JAX takes SIGTERM for a notice of preemption now. Process 0 has its own handlers once it
+    # serves, and says when it is over.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if process == 0 else signal.SIG_IGN)
     if process > 0:
-        for which in _SIGNALS:  # process 0 says when it is over
-            signal.signal(which, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load(

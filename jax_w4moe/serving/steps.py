@@ -44,6 +44,19 @@ def default_prompt_lengths(capacity: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < capacity), capacity)
 
 
+def prefill_shapes(
+    slots: int,
+    capacity: int,
+    prompt_lengths: Iterable[int] | None = None,
+    prefill_tokens: int = 1024,
+) -> dict[int, int]:
+    """How many prompts a prefill takes, by the length they are padded to; as for ``Steps``."""
+    lengths = sorted(set(prompt_lengths or default_prompt_lengths(capacity)))
+    checks.sizes(slots, capacity, lengths, prefill_tokens)
+    at_most = min(MAX_PROMPTS, slots)
+    return {length: max(1, min(at_most, prefill_tokens // length)) for length in lengths}
+
+
 class Steps:
     """A model's programs for a number of slots, compiled by :meth:`warm_up` and never again.
 
@@ -81,12 +94,9 @@ class Steps:
         Raises:
           ValueError: sizes that do not fit.
         """
-        lengths = sorted(set(prompt_lengths or default_prompt_lengths(capacity)))
-        checks.sizes(slots, capacity, lengths, prefill_tokens)
+        self.prompts = prefill_shapes(slots, capacity, prompt_lengths, prefill_tokens)
         self.slots = slots
         self.capacity = capacity
-        at_most = min(MAX_PROMPTS, slots)
-        self.prompts = {s: max(1, min(at_most, prefill_tokens // s)) for s in lengths}
         self.vocab_size = model.config.vocab_size
         self.eos_token_ids = model.config.eos_token_ids
         everywhere = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())

@@ -17,7 +17,7 @@ import tokenizers
 from jax_w4moe.serving import Engine, Request, Steps
 from jax_w4moe.serving.api import application
 from jax_w4moe.serving.text import Text
-from tests.serving.common import CONFIG, SLOTS, Offline, serve
+from tests.serving.common import CAPACITY, CONFIG, SLOTS, Offline, serve
 
 GREEDY = {"temperature": 0, "max_tokens": 9}
 
@@ -232,7 +232,8 @@ def test_metrics_and_models(steps: Steps, tmp_path: Path) -> None:
         assert "jax_w4moe_time_to_first_token_seconds_count 1.0" in lines
         assert any(line.startswith("jax_w4moe_compilations ") for line in lines)
         models = (await client.get("/v1/models")).json()["data"]
-        assert [model["id"] for model in models] == ["tiny"]
+        expected = {"id": "tiny", "max_model_len": CAPACITY, "vocab_size": 48, "slots": SLOTS}
+        assert len(models) == 1 and expected.items() <= models[0].items()
 
     ask(Engine(steps), tmp_path, clients)
 

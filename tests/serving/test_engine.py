@@ -160,6 +160,32 @@ def test_prefills_do_not_stop_running_requests(steps: Steps, rng: np.random.Gene
     assert all(len(plan) == SLOTS for plan in plans if plan.shape[1] == 5)
 
 
+def test_steps_are_started_ahead(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of a step are read when the next one has been started, and no later."""
+    order: list[str] = []
+    run = steps.run
+
+    class Ids:
+        def __init__(self, ids: jax.Array) -> None:
+            self.number = sum(event.startswith("run") for event in order)
+            self.ids = ids
+            order.append(f"run {self.number}")
+
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            order.append(f"read {self.number}")
+            return np.asarray(self.ids)
+
+    monkeypatch.setattr(steps, "run", lambda plan: Ids(run(plan)))
+    engine = Engine(steps)
+
+    async def client() -> Generation:
+        return await engine.submit(Request((1,), 4, ignore_eos=True)).finished()
+
+    assert len(serve(engine, client()).tokens) == 4
+    expected = ["run 0", "run 1", "read 0", "run 2", "read 1", "run 3", "read 2", "read 3"]
+    assert order == expected
+
+
 def test_a_full_queue_refuses(steps: Steps) -> None:
     engine = Engine(steps, max_queue=3)
 
