@@ -26,7 +26,7 @@ from jax_w4moe.serving.steps import Steps, write_row
 _AHEAD = 1  # steps that are started before the tokens of an earlier one are read
 
 
-@dataclasses.dataclass(eq=False)  # two requests may be alike
+@dataclasses.dataclass(eq=False)
 class _Sequence:
     """A request inside the engine.
 

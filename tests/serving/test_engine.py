@@ -20,6 +20,7 @@ from jax_w4moe.serving import (
     Steps,
     compilations,
 )
+from jax_w4moe.serving.steps import write_row
 from tests.serving.common import (
     CAPACITY,
     CONFIG,
@@ -136,12 +137,26 @@ def test_sampling_does_not_see_its_company(steps: Steps, rng: np.random.Generato
     assert answers(others + own[::-1])[-3:] == alone[::-1]
 
 
+def test_a_draw_is_of_its_position(steps: Steps) -> None:
+    """Almost pure noise: another at every position, the same wherever the prompt ends."""
+    engine = Engine(steps)
+    noise = {"temperature": 1e6, "seed": 3, "ignore_eos": True}
+
+    async def clients() -> list[list[int]]:
+        whole = await engine.submit(Request((1, 2, 3), 12, **noise)).finished()
+        begun = (1, 2, 3, *whole.tokens[:4])
+        return [whole.tokens, (await engine.submit(Request(begun, 8, **noise)).finished()).tokens]
+
+    whole, rest = serve(engine, clients())
+    assert len(set(whole)) > 5 and whole[4:] == rest
+
+
 def test_prefills_do_not_stop_running_requests(steps: Steps, rng: np.random.Generator) -> None:
     """Between two prefills comes a decoding step; prompts of one length go together, in order."""
     plans: list[np.ndarray] = []
     engine = Engine(steps, announce=plans.append)
     requests = [Request((index,) * length, 6, ignore_eos=True) for index, length in enumerate(
-        (2, 3, 3, 4, 4, 10, 3, 7, 7, 7)
+        (7, 3, 3, 3, 4, 4, 10, 3, 7, 7, 7, 3)
     )]  # fmt: skip
 
     async def clients() -> list[Generation]:
@@ -150,11 +165,15 @@ def test_prefills_do_not_stop_running_requests(steps: Steps, rng: np.random.Gene
 
     serve(engine, clients())
     prefills = [plan for plan in plans if plan.shape[1] > 5]
+    for plan in prefills:
+        padded = [next(size for size in LENGTHS if size >= n) for n in plan[plan[:, 0] >= 0, 1]]
+        assert set(padded) == {plan.shape[1] - 5}
     order = [plan[row, 5] for plan in prefills for row in range(len(plan)) if plan[row, 0] >= 0]
     assert order == list(range(len(requests)))
     is_prefill = [plan.shape[1] > 5 for plan in plans]
     assert not any(a and b for a, b in itertools.pairwise(is_prefill))
-    assert (plans[0].shape, plans[0][:, 0].tolist()) == ((4, 9), [0, 1, 2, 3])
+    assert (plans[0].shape, plans[0][:, 0].tolist()) == ((2, 13), [0, -1])
+    assert (prefills[1].shape, prefills[1][:, 0].tolist()) == ((4, 9), [1, 2, 3, -1])
     by_length = {4: 4, 8: 2, 16: 1}
     assert all(len(plan) == by_length[plan.shape[1] - 5] for plan in prefills)
     assert all(len(plan) == SLOTS for plan in plans if plan.shape[1] == 5)
@@ -184,6 +203,25 @@ def test_steps_are_started_ahead(steps: Steps, monkeypatch: pytest.MonkeyPatch) 
     assert len(serve(engine, client()).tokens) == 4
     expected = ["run 0", "run 1", "read 0", "run 2", "read 1", "run 3", "read 2", "read 3"]
     assert order == expected
+
+
+def test_rows_may_pause(steps: Steps, offline: Offline) -> None:
+    """A row that a decoding step leaves out goes on afterwards with its own token."""
+    prompts = [(1, 2, 3), (9, 8)]
+    plan = steps.empty_plan(LENGTHS[0])
+    for slot, prompt in enumerate(prompts):
+        write_row(plan[slot], slot, 0, 0.0, 1.0, prompt)
+    tokens = [[int(token)] for token in np.asarray(steps.run(plan))[:2]]
+    for active in ([0], [0], [0, 1], [1], [1]):
+        plan = steps.empty_plan()
+        for slot in active:
+            write_row(plan[slot], slot, 0, 0.0, 1.0)
+        ids = np.asarray(steps.run(plan))
+        assert (np.delete(ids, active) == -1).all()
+        for slot in active:
+            tokens[slot].append(int(ids[slot]))
+    for prompt, own in zip(prompts, tokens, strict=True):
+        assert own == offline.answer(Request(prompt, 4, ignore_eos=True))[0]
 
 
 def test_a_full_queue_refuses(steps: Steps) -> None:
