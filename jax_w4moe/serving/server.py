@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import uvicorn
 from jax.sharding import AxisType
 
-from jax_w4moe.models import GptOss
+from jax_w4moe.models import GptOss, GptOssConfig
+from jax_w4moe.models import checks as model_checks
+from jax_w4moe.serving import checks
 from jax_w4moe.serving.api import application
 from jax_w4moe.serving.engine import Engine
 from jax_w4moe.serving.peers import DEVICE_ERROR_S, lead_or_follow
-from jax_w4moe.serving.steps import Steps
+from jax_w4moe.serving.steps import Steps, prefill_shapes
 from jax_w4moe.serving.text import Text
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -63,6 +65,11 @@ def serve(
       ValueError, TypeError, NotImplementedError, OSError: options or files that do not do.
       RuntimeError: the device failed while serving.
     """
+    # Before anything large is read.
+    checks.max_queue(max_queue)
+    prefill_shapes(slots, capacity, prefill_tokens=prefill_tokens)
+    config, text = GptOssConfig.from_pretrained(path), Text(Path(path))
+    model_checks.cache_sizes(slots, capacity, config.max_position_embeddings)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(bind(host, port)) if process == 0 else None
         if coordinator:
@@ -81,7 +88,7 @@ def serve(
                 announce = None if leader is None else leader.announce
                 engine = Engine(steps, max_queue=max_queue, announce=announce)
                 name = name or Path(path).resolve().name
-                app = application(engine, Text(Path(path)), name)
+                app = application(engine, text, name)
                 run(engine, app, listener, f"{name}, {slots} slots of {capacity} tokens")
                 if leader is not None:
                     leader.stop()

@@ -19,6 +19,8 @@ from jax_w4moe.serving.api import application
 from jax_w4moe.serving.text import Text
 from tests.serving.common import CAPACITY, CONFIG, SLOTS, Offline, serve
 
+pytestmark = pytest.mark.xdist_group("serving")  # steps are compiled once
+
 GREEDY = {"temperature": 0, "max_tokens": 9}
 
 

@@ -30,6 +30,8 @@ from tests.serving.common import (
     serve,
 )
 
+pytestmark = pytest.mark.xdist_group("serving")  # steps are compiled once
+
 
 def random_request(rng: np.random.Generator, **options: Any) -> Request:
     length = rng.integers(1, max(LENGTHS) + 1)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -21,11 +22,13 @@ pytest.importorskip("starlette", reason="needs the extra [serve]")
 import httpx
 
 from jax_w4moe import serving
-from jax_w4moe.models import GptOss
+from jax_w4moe.models import GptOss, save_random_gpt_oss
 from jax_w4moe.serving import Engine, Request, Steps, server
 from jax_w4moe.serving.api import application
 from jax_w4moe.serving.text import Text
-from tests.serving.common import SLOTS, Offline
+from tests.serving.common import CONFIG, SLOTS, Offline
+
+pytestmark = pytest.mark.xdist_group("serving")  # steps are compiled once
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
 LIMIT_S = 120.0
@@ -135,8 +138,11 @@ def test_a_device_that_fails(steps: Steps, tmp_path: Path, monkeypatch: Any) -> 
         assert status.result() == 500
 
 
-def test_two_processes(folder: Path, model: GptOss) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """The answers of one device; when one process is killed, one sentence, and all are gone."""
+    folder = tmp_path / "gpt_oss"
+    one_layer = {"num_hidden_layers": 1, "layer_types": ("full_attention",)}
+    save_random_gpt_oss(folder, dataclasses.replace(CONFIG, **one_layer))
     offline = Offline(GptOss.from_pretrained(folder, act_dtype=jnp.bfloat16), padded=24)
     options = ("--capacity", "24", "--activations", "bf16", "--processes", "2")
     with started(folder, *options) as (process, address):
@@ -156,14 +162,25 @@ def test_two_processes(folder: Path, model: GptOss) -> None:
         assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_options_that_do_not_do(folder: Path, model: GptOss) -> None:
-    """A port that is taken is said before anything is loaded; devices that are not there."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(OSError, match=rf"^127.0.0.1:{port} cannot be listened on \(.*\); "):
-            serving.serve("/no/such/folder", port=port)
-    with pytest.raises(FileNotFoundError, match="/no/such/folder"):
-        serving.serve("/no/such/folder", port=0)
+def test_options_that_do_not_do(
+    folder: Path, model: GptOss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is said before anything is loaded."""
     sentence = "expert_parallel=16 times tensor_parallel=1 is 16, but there are 8 devices; "
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}ask for no more.$"):
         serving.load(folder, expert_parallel=16)
+    monkeypatch.setattr(server, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"^127.0.0.1:{port} cannot be listened on \(.*\); "):
+            serving.serve(folder, port=port, capacity=24)
+    with pytest.raises(FileNotFoundError, match="/no/such/folder"):
+        serving.serve("/no/such/folder")
+    for options, sentence in (
+        ({"slots": 0}, "slots=0 is below 1; "),
+        ({"capacity": 65}, "capacity=65 is not in 1..64 "),
+        ({"max_queue": 0}, "max_queue=0 is below 1; "),
+        ({"prefill_tokens": 0}, "prefill_tokens=0 is below 1; "),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+            serving.serve(folder, port=0, **({"capacity": 24} | options))
