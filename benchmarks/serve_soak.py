@@ -99,7 +99,8 @@ async def _soak(
     compiled = after["compilations"] - before["compilations"]
     if compiled:
         problems.append(f"{compiled:.0f} programs were compiled")
-    settled = [memory for at, memory in resident if at >= min(SETTLE_S, seconds / 2)]
+    settle_s = min(SETTLE_S, seconds / 2)
+    settled = [memory for at, memory in resident if at >= settle_s]
     growth = settled[-1] / settled[0] - 1
     if growth > MAX_GROWTH:
         problems.append(f"memory grew by {100 * growth:.1f} %")
@@ -110,7 +111,7 @@ async def _soak(
         f" ({counts['left']} left early), {counts['tokens']} tokens,"
         f" {counts['tokens'] / elapsed:.0f} tokens/s, {len(problems)} problems,"
         f" {compiled:.0f} compilations\n"
-        f"memory of all processes: {settled[0] / 2**20:.0f} MiB after {SETTLE_S:.0f} s,"
+        f"memory of all processes: {settled[0] / 2**20:.0f} MiB after {settle_s:.0f} s,"
         f" {settled[-1] / 2**20:.0f} MiB in the end, at most"
         f" {max(settled) / 2**20:.0f} MiB ({100 * growth:+.1f} %)\n"
         f"the server counts: {server}"
