@@ -132,8 +132,11 @@ def _figures(cell: Any, measured: tuple[float, list[Answer]]) -> dict[str, Any]:
     """Throughput, and mean, median and P99 of latencies, ms."""
     seconds, answers = measured
     clients, prompt, new = cell
-    if bad := [answer.status for answer in answers if answer.status != 200]:
-        raise RuntimeError(f"{len(bad)} requests were answered with HTTP status {bad[0]}.")
+    if bad := [answer for answer in answers if answer.finish_reason != "length"]:
+        raise RuntimeError(
+            f"{len(bad)} requests did not get all their tokens; the first: HTTP status"
+            f" {bad[0].status}, {bad[0].finish_reason!r}."
+        )
     generated = sum(len(answer.tokens) for answer in answers)
     prompts = sum(answer.prompt_tokens for answer in answers)
     several = [answer for answer in answers if len(answer.tokens) > 1]

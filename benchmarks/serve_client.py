@@ -27,7 +27,7 @@ class Answer:
       status: of HTTP.
       tokens: ids that came.
       times: of every token.
-      finish_reason: as the server says; None if the client left before.
+      finish_reason: as the server says, or "error"; None if the client left before.
     """
 
     prompt_tokens: int
@@ -55,7 +55,11 @@ async def complete(
         async for line in response.content:
             if not line.startswith(b"data: {"):
                 continue
-            (choice,) = json.loads(line[len(b"data: ") :])["choices"]
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                answer.finish_reason = "error"
+                break
+            (choice,) = event["choices"]
             now = time.perf_counter()
             answer.tokens += choice["token_ids"]
             answer.times += [now] * len(choice["token_ids"])
