@@ -12,15 +12,13 @@ Started without --coordinator it starts them all itself, a GPU each or, where th
 CPU devices each. If one of them ends, the others are stopped and one sentence says which it was.
 """
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from typing import Annotated
 
 import typer
+
+from jax_w4moe.launcher import run_processes
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 16, 4
 TOKENS_PER_DEVICE = 8
@@ -42,52 +40,10 @@ def main(
     if coordinator:
         serve(coordinator, processes, process, layers, steps)
     else:
-        sys.exit(start(processes, ["--layers", str(layers), "--steps", str(steps)], lose_after))
-
-
-def start(processes: int, options: list[str], lose_after: float) -> int:
-    """Starts all processes on this machine and waits; returns an exit code."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    has_gpus = os.path.exists("/dev/nvidia0")
-    children = []
-    for number in range(processes):
-        environment = dict(os.environ)
-        if has_gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number)
-        else:
-            flag = f"--xla_force_host_platform_device_count={CPU_DEVICES}"
-            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
-        own = [
-            "--coordinator",
-            coordinator,
-            "--processes",
-            str(processes),
-            "--process",
-            str(number),
-        ]
-        children.append(
-            subprocess.Popen([sys.executable, __file__, *own, *options], env=environment)
+        program = [__file__, "--layers", str(layers), "--steps", str(steps)]
+        sys.exit(
+            run_processes(program, processes, cpu_devices=CPU_DEVICES, lose_after_s=lose_after)
         )
-    began = time.monotonic()
-    try:
-        while any(child.poll() is None for child in children):
-            for number, child in enumerate(children):
-                if child.poll():  # ended, and not well
-                    print(
-                        f"Process {number} ended with code {child.returncode}; all others are"
-                        " stopped, since its experts are gone. Start again.",
-                        flush=True,
-                    )
-                    return 1
-            if lose_after and time.monotonic() - began > lose_after:
-                children[-1].send_signal(signal.SIGKILL)
-            time.sleep(0.1)
-    finally:
-        for child in children:
-            child.kill()
-    return max(child.returncode for child in children)
 
 
 def serve(coordinator: str, processes: int, process: int, layers: int, steps: int) -> None:
