@@ -39,6 +39,7 @@ def generate(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
+@pytest.mark.matrix
 def test_generating_on_two_devices() -> None:
     """The tiny model, with sampling; token ids in and out."""
     options = ("--prompt", "5 6 7", "--max-new-tokens", "9", "--temperature", "1")
