@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from jax.sharding import AxisType
 from rich.console import Console
 from rich.table import Table
 
 from jax_w4moe import _ffi
 from jax_w4moe.bench import machine
-from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss
+from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss, spread_over
 
 LAYERS = ("sliding_attention", "full_attention")
 GPT_OSS_20B = GptOssConfig(
@@ -86,10 +85,10 @@ def main(
             console.print(f"written in {time.perf_counter() - began:.1f} s")
         if cold:
             drop_cached(path)
-        mesh = mesh_options(expert_parallel, tensor_parallel)
+        spread = spread_over(expert_parallel, tensor_parallel)
         began = time.perf_counter()
         model = GptOss.from_pretrained(
-            path, act_dtype=ACT_DTYPES[act_dtype], attention=attention, **mesh
+            path, act_dtype=ACT_DTYPES[act_dtype], attention=attention, **spread
         )
         jax.block_until_ready(jax.tree.leaves(model))
         seconds = time.perf_counter() - began
@@ -204,21 +203,6 @@ def load_table(path: Path, seconds: float) -> Table:
     table = Table(*row)
     table.add_row(*row.values())
     return table
-
-
-def mesh_options(experts: int, slices: int) -> dict[str, Any]:
-    """The options of from_pretrained that spread a model over the first devices."""
-    if experts * slices == 1:
-        return {}
-    mesh = jax.make_mesh(
-        (experts, slices),
-        ("expert", "tensor"),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[: experts * slices],
-    )
-    sizes = {"expert_axis": experts, "tensor_axis": slices}
-    axes = {"expert_axis": "expert", "tensor_axis": "tensor"}
-    return {"mesh": mesh} | {name: axes[name] for name, size in sizes.items() if size > 1}
 
 
 def drop_cached(path: Path) -> None:

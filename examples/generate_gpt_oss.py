@@ -13,15 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from jax.sharding import AxisType
 
-from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss
+from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss, spread_over
 
 PROMPT_MULTIPLE = 64  # prompts are padded to it, so that few sizes are compiled
 ACTIVATIONS = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
@@ -63,33 +62,19 @@ def main(
             save_random_gpt_oss(path, TINY)
             print("A tiny model of random weights; pass a folder for a real one.")
         tokens, text_of = read_prompt(path, prompt)
+        try:
+            spread = spread_over(expert_parallel, tensor_parallel)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         began = time.perf_counter()
         model = GptOss.from_pretrained(
             path,
             act_dtype=ACTIVATIONS[activations],
-            **parallel(expert_parallel, tensor_parallel),
+            **spread,
         )
         jax.block_until_ready(jax.tree.leaves(model))
         print(f"Loaded in {time.perf_counter() - began:.1f} s.")
     generate(Runner(model), tokens, max_new_tokens, temperature, seed, text_of)
-
-
-def parallel(experts: int, slices: int) -> dict[str, Any]:
-    """The options of from_pretrained that spread a model over the first devices."""
-    wanted, there = experts * slices, jax.local_device_count()
-    if wanted > there:
-        raise typer.BadParameter(f"{wanted} devices are asked for, {there} are here.")
-    if wanted == 1:
-        return {}
-    mesh = jax.make_mesh(
-        (experts, slices),
-        ("expert", "tensor"),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.local_devices()[:wanted],
-    )
-    axes = {"expert_axis": "expert", "tensor_axis": "tensor"}
-    sizes = {"expert_axis": experts, "tensor_axis": slices}
-    return {"mesh": mesh} | {name: axes[name] for name, size in sizes.items() if size > 1}
 
 
 def read_prompt(path: Path, prompt: str) -> tuple[list[int], Callable[[int], str | None]]:

@@ -23,7 +23,7 @@ from jax_w4moe.formats import LAYOUT_VERSION, WeightFormat
 
 STATE_FILE = "conversion.json"
 _COPIED = (".json", ".txt", ".model", ".jinja")  # beside the tensors: config, tokenizer
-_PARTIAL = ".partial"
+_PARTIAL = ".partial"  # the folder of what is not whole yet
 
 
 def convert(
@@ -79,6 +79,7 @@ def convert(
         total = sum(output.nbytes for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _replace(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+        shutil.rmtree(folder / _PARTIAL)
 
 
 class _Experts:
@@ -148,7 +149,7 @@ def _claim(folder: Path, files: CheckpointFiles, quantize: WeightFormat | None) 
                 " version); pass an empty folder, or delete this one."
             )
         return
-    if folder.exists() and any(entry.suffix != _PARTIAL for entry in folder.iterdir()):
+    if folder.exists() and any(entry.name != _PARTIAL for entry in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; pass an empty or a missing folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _replace(found, content)
@@ -164,15 +165,22 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = _partial(path)
     save_file(tensors, partial, metadata=metadata)
     _publish(partial, path)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = _partial(path)
     partial.write_bytes(content)
     _publish(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written, with whatever else its writer leaves there when it is killed."""
+    folder = path.parent / _PARTIAL
+    folder.mkdir(exist_ok=True)
+    return folder / path.name
 
 
 def _publish(partial: Path, path: Path) -> None:

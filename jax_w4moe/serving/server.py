@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import uvicorn
-from jax.sharding import AxisType
 
-from jax_w4moe.models import GptOss, GptOssConfig
+from jax_w4moe.models import GptOss, GptOssConfig, spread_over
 from jax_w4moe.models import checks as model_checks
 from jax_w4moe.serving import checks
 from jax_w4moe.serving.api import application
@@ -136,30 +135,8 @@ def load(
     Raises:
       ValueError: not so many devices, or devices of a process that would have no part.
     """
-    devices, several = jax.devices(), jax.process_count() > 1
-    experts = expert_parallel or (max(1, len(devices) // tensor_parallel) if several else 1)
-    wanted = experts * tensor_parallel
-    if wanted > len(devices) or (several and wanted != len(devices)):
-        need = "as many" if several else "no more"
-        raise ValueError(
-            f"expert_parallel={experts} times tensor_parallel={tensor_parallel} is {wanted}, but"
-            f" there are {len(devices)} devices; ask for {need}."
-        )
-    if wanted > 1:
-        mesh = jax.make_mesh(
-            (experts, tensor_parallel),
-            ("expert", "tensor"),
-            axis_types=(AxisType.Auto,) * 2,
-            devices=devices[:wanted],
-        )
-        options["mesh"] = mesh
-        if tensor_parallel > 1:
-            options["tensor_axis"] = "tensor"
-        else:
-            options["exchange"] = "slot_rows"
-        if experts > 1:
-            options["expert_axis"] = "expert"
-    return GptOss.from_pretrained(path, **options)
+    spread = spread_over(expert_parallel, tensor_parallel)
+    return GptOss.from_pretrained(path, **spread, **options)
 
 
 class _Server(uvicorn.Server):
