@@ -23,9 +23,16 @@ from rich.table import Table
 
 from jax_w4moe import _ffi
 from jax_w4moe.bench import machine
-from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss, spread_over
+from jax_w4moe.models import (
+    TINY_GPT_OSS,
+    GptOss,
+    GptOssConfig,
+    Runner,
+    Yarn,
+    save_random_gpt_oss,
+    spread_over,
+)
 
-LAYERS = ("sliding_attention", "full_attention")
 GPT_OSS_20B = GptOssConfig(
     vocab_size=201088,
     hidden_size=2880,
@@ -36,26 +43,18 @@ GPT_OSS_20B = GptOssConfig(
     head_dim=64,
     num_local_experts=32,
     num_experts_per_tok=4,
-    layer_types=LAYERS * 12,
+    layer_types=("sliding_attention", "full_attention") * 12,
     yarn=Yarn(32.0, 4096, truncate=False),
 )
 CONFIGS = {
     "20b": GPT_OSS_20B,
     "120b": dataclasses.replace(
-        GPT_OSS_20B, num_hidden_layers=36, num_local_experts=128, layer_types=LAYERS * 18
-    ),
-    "tiny": dataclasses.replace(
         GPT_OSS_20B,
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_local_experts=8,
-        layer_types=LAYERS,
+        num_hidden_layers=36,
+        num_local_experts=128,
+        layer_types=GPT_OSS_20B.layer_types[:2] * 18,
     ),
+    "tiny": TINY_GPT_OSS,
 }
 ACT_DTYPES = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
 

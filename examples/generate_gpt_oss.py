@@ -20,25 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss, spread_over
+from jax_w4moe.models import TINY_GPT_OSS, GptOss, Runner, save_random_gpt_oss, spread_over
 
 PROMPT_MULTIPLE = 64  # prompts are padded to it, so that few sizes are compiled
 ACTIVATIONS = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
-TINY = GptOssConfig(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    layer_types=("sliding_attention", "full_attention"),
-    sliding_window=32,
-    max_position_embeddings=4096,
-    yarn=Yarn(32.0, 128, truncate=False),
-)
 
 
 def main(
@@ -59,7 +44,7 @@ def main(
     with contextlib.ExitStack() as stack:
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            save_random_gpt_oss(path, TINY)
+            save_random_gpt_oss(path, TINY_GPT_OSS)
             print("A tiny model of random weights; pass a folder for a real one.")
         tokens, text_of = read_prompt(path, prompt)
         try:

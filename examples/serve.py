@@ -25,24 +25,9 @@ import typer
 
 from jax_w4moe import serving
 from jax_w4moe.launcher import run_processes
-from jax_w4moe.models import GptOssConfig, Yarn, save_random_gpt_oss
+from jax_w4moe.models import TINY_GPT_OSS, save_random_gpt_oss
 
 ACTIVATIONS = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
-TINY = GptOssConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    layer_types=("sliding_attention", "full_attention"),
-    sliding_window=32,
-    max_position_embeddings=8192,
-    yarn=Yarn(32.0, 256, truncate=False),
-)
 
 
 def main(
@@ -70,7 +55,7 @@ def main(
         options = sys.argv[1:]
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tiny"
-            save_random_gpt_oss(path, TINY)
+            save_random_gpt_oss(path, TINY_GPT_OSS)
             options = [str(path), *options]
         if processes > 1 and not coordinator:
             sys.exit(run_processes([__file__, *options], processes, cpu_devices=cpu_devices))

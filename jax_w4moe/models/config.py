@@ -299,3 +299,21 @@ def _rope(content: Mapping[str, Any]) -> tuple[float, Yarn | None]:
     original = int(numbers.pop("original_max_position_embeddings"))
     yarn = Yarn(original_max_position_embeddings=original, truncate=truncate, **numbers)
     return theta, yarn
+
+
+TINY_GPT_OSS = GptOssConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    layer_types=("sliding_attention", "full_attention"),
+    sliding_window=32,
+    max_position_embeddings=8192,
+    yarn=Yarn(32.0, 256, truncate=False),
+)
+"""Small enough for any machine; of random weights, it says nothing."""
