@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -176,6 +177,23 @@ def test_another_layout_version(rng: np.random.Generator, tmp_path: Path) -> Non
     save_file(load_file(file), file)
     with pytest.raises(ValueError, match="has no metadata 'jax_w4moe' beside it"):
         load_experts(destination, 0)
+
+
+def test_files_appear_whole(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of them by being renamed."""
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    save_gpt_oss(source, [moe_layer(rng)], top_k=2)
+    renamed, replace = [], os.replace
+
+    def spy(old: Path, new: Path) -> None:
+        renamed.append(new)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", spy)
+    convert(source, destination)
+    assert sorted(renamed) == sorted(destination.iterdir())
 
 
 # --- killed ---------------------------------------------------------------------------------------
