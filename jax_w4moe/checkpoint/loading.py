@@ -37,7 +37,7 @@ from jax_w4moe.sharding.specs import ROW_BLOCKS
 from jax_w4moe.types import ExpertWeights, PackedExperts
 
 READERS = 4
-"""Threads that read, and experts that are in host memory at once beside the one in work."""
+"""Threads that read, and experts that are read ahead; as many may wait to be packed."""
 
 
 def load_experts(
