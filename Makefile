@@ -46,9 +46,6 @@ demo: $(INSTALLED) $(STAMPS)/extra-flax $(STAMPS)/extra-checkpoint
 
 # Most of the time on CPUs goes into compiling, and optimising is a third of that.
 test test-judge: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(GPU),0,1)
-# XLA's older code generator compiles in half the time; the devices are those of tests/conftest.py.
-test test-judge: export XLA_FLAGS ?= --xla_force_host_platform_device_count=8 \
-	$(if $(GPU),,--xla_cpu_use_fusion_emitters=false)
 # Test processes, and the programs that tests start, share what they compile.
 test test-judge: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/jax_cache
 test test-judge: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
