@@ -21,13 +21,12 @@ from jax_w4moe.checkpoint.base import (
     require_shape,
 )
 from jax_w4moe.checkpoint.files import CheckpointFiles, TensorInfo
-from jax_w4moe.checkpoint.float_experts import check_float, read_float
+from jax_w4moe.checkpoint.float_experts import FLOATS, check_float, read_float
+from jax_w4moe.checkpoint.per_expert import PROJECTIONS
 
-_FLOATS = ("BF16", "F16", "F32")
 _INTEGERS = ("I32", "I64")
 _TABLE = "gate.tid2eid"
 _EPSILON = 1e-6
-_SHARED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 
 
 class Router(NamedTuple):
@@ -87,7 +86,7 @@ def read_router(files: CheckpointFiles, disk_format: DiskFormat, on_disk: LayerO
     for name, shape in zip(names, shapes, strict=True):
         if name is not None:
             info = files.info(name)
-            require_dtype(info, _FLOATS, disk_format.name)
+            require_dtype(info, FLOATS, disk_format.name)
             require_shape(info, shape, f"the experts are E={num_experts}, H={hidden}")
     weight, bias, selection_bias = (None if name is None else files.read(name) for name in names)
     return Router(weight, bias, selection_bias, _read_table(files, on_disk))
@@ -100,7 +99,7 @@ def read_shared_expert(files: CheckpointFiles, on_disk: LayerOnDisk) -> SharedEx
       ValueError, TypeError: a tensor that is missing or does not fit.
     """
     prefix = on_disk.prefix + "shared_experts."
-    for names in _SHARED:
+    for names in PROJECTIONS.values():
         gate, up, down = (prefix + name for name in names)
         if f"{gate}.weight" not in files.names:
             continue
@@ -132,7 +131,7 @@ def read_latent(files: CheckpointFiles, on_disk: LayerOnDisk) -> Latent | None:
     has_norm = f"{norm}.weight" in files.names
     if has_norm:
         info = files.info(f"{norm}.weight")
-        require_dtype(info, _FLOATS, "bf16")
+        require_dtype(info, FLOATS, "bf16")
         require_shape(info, (latent,), why)
     return Latent(
         _bf16(read_float(files, down)),

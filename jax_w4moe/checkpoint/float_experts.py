@@ -30,7 +30,7 @@ from jax_w4moe.checkpoint.per_expert import (
 )
 from jax_w4moe.formats import WeightFormat
 
-_FLOATS = ("BF16", "F16", "F32")
+FLOATS = ("BF16", "F16", "F32")
 _FP8 = "F8_E4M3"
 _SCALE_PARTS = ("weight_scale_inv", "scale")
 _SCALES = ("F32", "F8_E8M0", "BF16")
@@ -49,7 +49,7 @@ class FloatExperts(DiskFormat):
         if not layers:
             return ()
         name = next(iter(layers.values())).projection(0, 0) + ".weight"
-        is_float = name in files.names and files.info(name).dtype in (*_FLOATS, _FP8)
+        is_float = name in files.names and files.info(name).dtype in (*FLOATS, _FP8)
         return tuple(layers) if is_float else ()
 
     def layer(
@@ -95,7 +95,7 @@ class FloatExperts(DiskFormat):
 def check_float(files: CheckpointFiles, name: str, shape: tuple[int, int], why: str) -> None:
     """Checks the header of a float matrix, and of its scales if it is FP8."""
     info = files.info(f"{name}.weight")
-    require_dtype(info, (*_FLOATS, _FP8), FloatExperts.name)
+    require_dtype(info, (*FLOATS, _FP8), FloatExperts.name)
     require_shape(info, shape, why)
     if info.dtype == _FP8:
         block = block_size(files)

@@ -34,7 +34,7 @@ _GATE = re.compile(
     r"((?:model\.|language_model\.model\.|model\.language_model\.)?layers\.(\d+)\."
     r"(?:mlp|ffn|block_sparse_moe)\.)experts\.(\d+)\.(gate_proj|w1)\.(weight|weight_packed)"
 )
-_PROJECTIONS = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}
+PROJECTIONS = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _scan(files: CheckpointFiles) -> dict[int, ExpertNames]:
                 f"{files.path}: layer {layer} has experts up to {max(experts)} but no"
                 f" {prefix}experts.{min(missing)}.{gate}; download the checkpoint again."
             )
-        layers[layer] = ExpertNames(prefix, _PROJECTIONS[gate], len(experts))
+        layers[layer] = ExpertNames(prefix, PROJECTIONS[gate], len(experts))
     return layers
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax_w4moe.checkpoint import families
 from jax_w4moe.checkpoint.base import detect
 from jax_w4moe.checkpoint.files import CheckpointFiles
+from jax_w4moe.checkpoint.float_experts import FLOATS
 from jax_w4moe.checkpoint.gpt_oss import GPT_OSS, PREFIX
 from jax_w4moe.checkpoint.loading import free_bytes
 from jax_w4moe.models.config import GptOssConfig
@@ -19,7 +20,6 @@ LAYER = "model.layers.{layer}."
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-_FLOATS = ("BF16", "F16", "F32")
 _EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\..*")
 
 
@@ -65,9 +65,9 @@ def check(files: CheckpointFiles, config: GptOssConfig) -> None:
     expected = tensor_shapes(config)
     for name, shape in expected.items():
         info = files.info(name)
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise TypeError(
-                f"{info.file}: {name} has dtype {info.dtype}, need {' or '.join(_FLOATS)}; load a"
+                f"{info.file}: {name} has dtype {info.dtype}, need {' or '.join(FLOATS)}; load a"
                 " checkpoint in which only experts are quantised."
             )
         if info.shape != shape:
