@@ -1,10 +1,15 @@
-"""A whole gpt-oss model against transformers: prompts, steps over the cache, greedy tokens."""
+"""A whole gpt-oss model against transformers: prompts, steps over the cache, greedy tokens.
+
+On a Hopper GPU with the kernels: ``pytest -m judge tests/judge/test_gpt_oss_model.py``.
+"""
 # ruff: noqa: E402 - without the judge's packages the rest need not be imported
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,11 +115,23 @@ def test_config_as_transformers_writes_it(judge: Judge, tmp_path: Path) -> None:
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 0.2}
 
 
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """Products of f32 as they are on CPUs; GPUs round the operands to TF32 by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("act_dtype", BOUNDS)
 def test_logits_and_greedy_tokens(judge: Judge, act_dtype: str) -> None:
     """A prompt, then steps over the cache: rings of 8 go round a dozen times."""
+    on_gpu = jax.default_backend() == "gpu" and act_dtype != "float32"
     model = GptOss.from_pretrained(
-        judge.folder, dtype=jnp.float32, act_dtype=jnp.dtype(act_dtype), implementation="xla"
+        judge.folder,
+        dtype=jnp.float32,
+        act_dtype=jnp.dtype(act_dtype),
+        implementation="cuda_sm90" if on_gpu else "xla",
     )
     prompts = jnp.asarray(judge.tokens[:, :PROMPT])
     runner = Runner(model)

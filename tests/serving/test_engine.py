@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]")
+pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 from jax_w4moe.serving import (
     Closed,
