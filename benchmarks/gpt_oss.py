@@ -69,7 +69,7 @@ def main(
     capacity: Annotated[int, typer.Option(help="Tokens that a row can hold.")] = 2048,
     steps: Annotated[int, typer.Option(help="Decoding steps that are timed.")] = 64,
     act_dtype: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
-    attention: Annotated[str, typer.Option(help="xla or cudnn.")] = "xla",
+    attention: Annotated[str | None, typer.Option(help="xla or cudnn (the fastest).")] = None,
     expert_parallel: Annotated[int, typer.Option(help="Devices to spread experts over.")] = 1,
     tensor_parallel: Annotated[int, typer.Option(help="Devices to slice them over.")] = 1,
     cold: Annotated[bool, typer.Option("--cold", help="Load from the disk itself.")] = False,

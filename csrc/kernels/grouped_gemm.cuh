@@ -160,6 +160,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       auto load_second = [&](uint32_t (&fragments)[4][4]) {
         Decoder::template LoadPlane<1>(record_at(stage), thread, tables, fragments);
       };
+      auto load_all = [&](uint32_t (&fragments)[4][4]) {
+        load_first(fragments);
+        load_second(fragments);
+      };
       auto token_tile = [&](int at, int first) {
         return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
       };
@@ -184,16 +188,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             Multiply<Activations, kWidth, kGroup * kCount, kCount>(
                 partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
             if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
-            if (n == 0 && kGroup == 0 && more) load_first(next);
-            if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
+            if constexpr (kSubtiles * Decoder::kGroups == 1) {
+              if (more) load_all(next);  // one branch, in which all loads are on their way at once
+            } else {
+              if (n == 0 && kGroup == 0 && more) load_first(next);
+              if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
+            }
             WaitForProducts(partial);
             if (n + 1 == kSubtiles && kIsLast) release(used);
             promote(acc[n], kGroup);
           });
         }
       };
-      load_first(a[0]);
-      load_second(a[0]);
+      load_all(a[0]);
       for (int k = p.weights.k_blocks;; k -= 2) {
         step(a[0], a[1], k > 1);
         if (k == 1) break;

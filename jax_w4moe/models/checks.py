@@ -14,7 +14,7 @@ _ACT_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), *_DTYPES)
 def options(
     dtype: Any,
     act_dtype: Any,
-    attention: str,
+    attention: str | None,
     implementation: str | None,
     expert_axis: str | None,
     tensor_axis: str | None,
@@ -25,8 +25,8 @@ def options(
     if jnp.dtype(act_dtype) not in _ACT_DTYPES:
         names = ", ".join(str(legal) for legal in _ACT_DTYPES)
         raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use one of {names}.")
-    if attention not in ("xla", "cudnn"):
-        raise ValueError(f'attention={attention!r} is unknown; use "xla" or "cudnn".')
+    if attention not in (None, "xla", "cudnn"):
+        raise ValueError(f'attention={attention!r} is unknown; use "xla", "cudnn" or None.')
     if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
         raise ValueError('attention="cudnn" computes in bfloat16 only; use "xla" for float32.')
     if jnp.dtype(act_dtype) == jnp.float32:

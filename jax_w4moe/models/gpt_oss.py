@@ -14,7 +14,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax_w4moe.checkpoint.files import CheckpointFiles
 from jax_w4moe.flax import FusedMoE
 from jax_w4moe.models import checks, loading
-from jax_w4moe.models.attention import Attention, RMSNorm, precision, rotary
+from jax_w4moe.models.attention import (
+    Attention,
+    RMSNorm,
+    default_attention,
+    precision,
+    rotary,
+)
 from jax_w4moe.models.cache import Cache, empty_cache, write_lengths, write_prompts
 from jax_w4moe.models.config import GptOssConfig
 from jax_w4moe.sharding import put
@@ -74,7 +80,7 @@ class GptOss(nnx.Module):
         dtype: Any = jnp.bfloat16,
         act_dtype: Any = jnp.float8_e4m3fn,
         implementation: str | None = None,
-        attention: str = "xla",
+        attention: str | None = None,
         expert_axis: str | None = None,
         tensor_axis: str | None = None,
         exchange: str | None = None,
@@ -88,8 +94,8 @@ class GptOss(nnx.Module):
           act_dtype: what activations of the experts are rounded to: float8_e4m3fn, bfloat16, or
             float32 for no rounding at all (without kernels, on one device).
           implementation: of the experts, as in :func:`jax_w4moe.fused_moe`.
-          attention: "xla", or "cudnn" on a GPU in bfloat16; "xla" holds a prompt's S x S scores
-            of every head in f32.
+          attention: "xla", which holds a prompt's S x S scores of every head in f32; or "cudnn",
+            on a GPU in bfloat16, faster in prompts and in decoding. None: the latter where it can.
           expert_axis, tensor_axis, exchange: how the experts are spread over a mesh, as in
             :func:`jax_w4moe.fused_moe`; :meth:`shard` places the weights.
           rngs: the key streams; "params" is used.
@@ -98,6 +104,7 @@ class GptOss(nnx.Module):
           ValueError, TypeError, NotImplementedError: options that do not exist or fit together.
         """
         checks.options(dtype, act_dtype, attention, implementation, expert_axis, tensor_axis)
+        attention = attention or default_attention(config, dtype)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.tensor_axis = tensor_axis

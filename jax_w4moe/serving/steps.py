@@ -6,6 +6,7 @@ every slot. A row whose slot is -1 is not there. One array is one transfer to th
 message to other processes.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -114,6 +115,7 @@ class Steps:
             return (_decode if plan.shape[1] == COLUMNS else _prefill)(module, state, plan)
 
         self._step = jax.jit(step, donate_argnums=1, **placed)
+        self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
 
     def empty_plan(self, length: int = 0) -> np.ndarray:
         """A plan of rows that are not there.
@@ -137,14 +139,25 @@ class Steps:
         Returns:
           i32[n], the token of every row; -1 where it is not there or its logits are NaN.
         """
-        ids, self._state = self._step(self._weights, self._state, plan)
+        if plan.shape not in self._programs:
+            self._compile(plan)
+        ids, self._state = self._programs[plan.shape](self._weights, self._state, plan)
         ids.copy_to_host_async()
         return ids
 
     def warm_up(self) -> None:
-        """Compiles everything, and waits."""
-        for length in (0, *self.prompts):
-            np.asarray(self.run(self.empty_plan(length)))
+        """Compiles everything, runs it once, and waits."""
+        plans = [self.empty_plan(length) for length in (0, *self.prompts)]
+        # Processes exchange what they measure while they compile, in the order of the programs.
+        at_once = 1 if jax.process_count() > 1 else None
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(self._compile, plans))
+        for plan in plans:
+            np.asarray(self.run(plan))
+
+    def _compile(self, plan: np.ndarray) -> None:
+        lowered = self._step.lower(self._weights, self._state, plan)
+        self._programs[plan.shape] = lowered.compile()
 
 
 def write_row(

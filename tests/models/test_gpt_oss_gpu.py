@@ -91,6 +91,17 @@ def test_steps_are_repeatable(folder: Path, rng: np.random.Generator) -> None:
         assert_bitwise(_logits(model, tokens), first)
 
 
+def test_rows_do_not_see_each_other(folder: Path, rng: np.random.Generator) -> None:
+    """A row's logits, bit for bit, beside other rows of the same batch size."""
+    tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
+    model = GptOss.from_pretrained(folder)
+    first = _logits(model, tokens)
+    tokens[1] = rng.integers(0, 160, PROMPT + STEPS)
+    second = _logits(model, tokens)
+    assert_bitwise(second[0], first[0])
+    assert not np.array_equal(second[1], first[1])
+
+
 def test_attention_by_cudnn(folder: Path, rng: np.random.Generator) -> None:
     """Whatever computes attention, the model is the same one."""
     tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
