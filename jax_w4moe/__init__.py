@@ -7,7 +7,7 @@ from jax_w4moe import _ffi, reference
 from jax_w4moe._ffi import build_info, is_available, why_unavailable
 from jax_w4moe.activations import SiTU, SwiGLU
 from jax_w4moe.explain import explain, workspace_bytes
-from jax_w4moe.formats import INT4_G32, INT4_G128, MXFP4, WeightFormat
+from jax_w4moe.formats import INT4_G32, INT4_G128, MXFP4, MXFP4_WIDE, NVFP4, WeightFormat
 from jax_w4moe.moe import expert_mlp, fused_moe, grouped_matmul, quantize_fp8
 from jax_w4moe.packing import (
     dequantize_experts,
@@ -29,6 +29,8 @@ __all__ = [
     "INT4_G32",
     "INT4_G128",
     "MXFP4",
+    "MXFP4_WIDE",
+    "NVFP4",
     "ExpertWeights",
     "PackedExperts",
     "PackedTensor",

@@ -101,7 +101,8 @@ def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
     if not isinstance(q.format, WeightFormat):
         raise TypeError(f"{name}.format: got {q.format!r}, need a WeightFormat such as MXFP4.")
     _array(f"{name}.codes", q.codes, 3, "u8[E, N, K/2]")
-    _array(f"{name}.scales", q.scales, 3, f"[E, N, K/{q.format.group_size}]")
+    own = f"{q.format.row_scales} + " if q.format.row_scales else ""
+    _array(f"{name}.scales", q.scales, 3, f"[E, N, {own}K/{q.format.group_size}]")
     if q.codes.dtype == jnp.uint8:
         codes_per_byte = 2
     elif q.codes.dtype == q.format.code_dtype:
@@ -120,8 +121,9 @@ def quantized(name: str, q: QuantizedTensor) -> tuple[int, int, int]:
     _shape(
         f"{name}.scales",
         q.scales,
-        (num_experts, rows, columns // q.format.group_size),
-        f"one scale per {q.format.group_size} of K={columns}",
+        (num_experts, rows, q.format.num_scales(columns)),
+        f"one scale per {q.format.group_size} of K={columns}"
+        + (" after the row's own" if own else ""),
     )
     jax.eval_shape(q.format.canonical_scales, q.scales)  # raises TypeError on a foreign dtype
     return num_experts, rows, columns

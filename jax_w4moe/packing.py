@@ -147,8 +147,8 @@ def abstract_experts(
 
     def tensor(rows: int, columns: int) -> QuantizedTensor:
         codes = jnp.zeros((num_experts, rows, columns // 2), jnp.uint8)
-        groups = (num_experts, rows, columns // format.group_size)
-        return QuantizedTensor(codes, jnp.zeros(groups, format.scale_dtype), format)
+        scales = (num_experts, rows, format.num_scales(columns))
+        return QuantizedTensor(codes, jnp.zeros(scales, format.scale_dtype), format)
 
     def packed() -> PackedExperts:
         weights = ExpertWeights(tensor(2 * intermediate, hidden), tensor(hidden, intermediate))
@@ -249,11 +249,11 @@ def _canonical(packed: PackedTensor, records: Array) -> tuple[Array, Array]:
     """Records -> (nibbles [E, N, K], canonical scales), padding dropped."""
     own = packed.format
     nibbles, words = codes_from_record(records, own.k_order, own.codes_from_word_bytes)
-    columns, group = packed.shape[2], packed.format.group_size
+    columns = packed.shape[2]
     scales = packed.format.scales_from_words(words)
     return (
         canonical_rows(packed, nibbles)[..., :columns],
-        canonical_rows(packed, scales)[..., : columns // group],
+        canonical_rows(packed, scales)[..., : packed.format.num_scales(columns)],
     )
 
 
@@ -285,16 +285,19 @@ def _require_exact(name: str, q: QuantizedTensor, inexact_groups: Array, first_e
     expert = int(np.flatnonzero(counts)[0])
     codes = jnp.asarray(q.codes[expert])
     scales = q.format.canonical_scales(jnp.asarray(q.scales[expert]))
-    pad_k = -(scales.shape[-1] * q.format.group_size) % BLOCK_K
+    nibbles = _nibbles(codes)
+    pad_k = -nibbles.shape[-1] % BLOCK_K
     _, inexact = q.format.words_from_scales(
-        jnp.pad(_nibbles(codes), ((0, 0), (0, pad_k))),
+        jnp.pad(nibbles, ((0, 0), (0, pad_k))),
         jnp.pad(scales, ((0, 0), (0, pad_k // q.format.group_size))),
     )
     row, block = np.argwhere(np.asarray(inexact))[0]
     per_block = BLOCK_K // q.format.group_size
-    groups = np.asarray(scales)[row, block * per_block : (block + 1) * per_block]
+    first = q.format.row_scales + block * per_block
+    groups = [*np.asarray(scales)[row, : q.format.row_scales]]
+    groups += [*np.asarray(scales)[row, first : first + per_block]]
     raise ValueError(
         f"{name}: {int(counts.sum())} scale groups cannot be packed exactly; the first is in expert"
         f" {first_expert + expert}, row {row}, k from {block * BLOCK_K}:"
-        f" {q.format.inexact_reason(groups.tolist())}."
+        f" {q.format.inexact_reason([group.item() for group in groups])}."
     )

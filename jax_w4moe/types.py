@@ -41,7 +41,7 @@ class QuantizedTensor:
       codes: u8[E, N, K/2], row-major; the low nibble is the even k. float4_e2m1fn[E, N, K] is
         accepted too.
       scales: [E, N, K/group_size]. For MXFP4: E8M0 bytes as uint8 or float8_e8m0fnu, or float32
-        powers of two.
+        powers of two. For NVFP4: f32[E, N, 1 + K/16], the row's own before those of its groups.
       format: the weight format.
     """
 

@@ -9,10 +9,12 @@
 #include "common/limits.h"
 #include "mainloop/activations.cuh"
 
-#define JAX_W4MOE_FORMATS(X)                 \
-  X(Mxfp4, mxfp4, 1, KOrder::kByLane)        \
-  X(Int4G128, int4_g128, 1, KOrder::kByLane) \
-  X(Int4G32, int4_g32, 2, KOrder::kInOrder)
+#define JAX_W4MOE_FORMATS(X)                    \
+  X(Mxfp4, mxfp4, 1, KOrder::kByLane)           \
+  X(Int4G128, int4_g128, 1, KOrder::kByLane)    \
+  X(Int4G32, int4_g32, 2, KOrder::kInOrder)     \
+  X(Mxfp4Wide, mxfp4_wide, 1, KOrder::kInOrder) \
+  X(Nvfp4, nvfp4, 3, KOrder::kInOrder)
 
 namespace jax_w4moe {
 

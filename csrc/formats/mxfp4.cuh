@@ -4,7 +4,7 @@
 //   kTableBytes, TableByte   a table in shared memory, and its bytes
 //   Tables, LoadTables       what a thread keeps of it for a record
 //   LoadPlane                the A fragments of one of a record's two planes
-//   kGroups                  groups of K with a scale each that its instructions are divided into
+//   kGroups                  groups of K with a scale each: 1, 4 of an instruction, 8 of half a one
 //   Scales, LoadScales       what a thread keeps of the scales of rows g and g + 8
 //   Scale                    the f32 of a group, of one of the two
 #pragma once

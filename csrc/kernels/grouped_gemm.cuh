@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int n = 0; n < kSubtiles; ++n) {
           ForEachGroup<Decoder::kGroups>([&](auto group) {
-            constexpr int kGroup = decltype(group)::value, kCount = 4 / Decoder::kGroups;
+            constexpr int kGroup = decltype(group)::value;
             constexpr bool kIsLast = kGroup + 1 == Decoder::kGroups;
-            Multiply<Activations, kWidth, kGroup * kCount, kCount>(
+            Multiply<Activations, kWidth, Decoder::kGroups, kGroup>(
                 partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
             if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
             if constexpr (kSubtiles * Decoder::kGroups == 1) {

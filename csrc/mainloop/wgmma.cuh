@@ -71,14 +71,25 @@ __device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const ui
   }
 }
 
-// Issues and commits the product of kCount of a record's four fragments with a token tile, given by
-// its descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and
-// may be read after WaitForProducts.
-template <typename Activations, int N, int kFirst, int kCount>
+// Issues and commits the product of a group of a record's K, one of kGroups, with a token tile,
+// given by its descriptor; its panels are `panel_stride` apart in such units. `partial` is
+// overwritten, and may be read after WaitForProducts.
+template <typename Activations, int N, int kGroups, int kGroup>
 __device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
                                          uint64_t tokens, uint64_t panel_stride) {
   cute::warpgroup_arrive();
-  MultiplyPanels<Activations, N, kFirst, kCount>(partial, a, tokens, panel_stride);
+  if constexpr (kGroups <= 4) {
+    constexpr int kCount = 4 / kGroups;
+    MultiplyPanels<Activations, N, kGroup * kCount, kCount>(partial, a, tokens, panel_stride);
+  } else {  // half an instruction, zeros for the other half
+    static_assert(kGroups == 8);
+    constexpr int kInstruction = kGroup / 2;
+    uint32_t half[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      half[kInstruction][i] = i / 2 == kGroup % 2 ? a[kInstruction][i] : 0;
+    MultiplyPanels<Activations, N, kInstruction, 1>(partial, half, tokens, panel_stride);
+  }
   cute::warpgroup_commit_batch();
 }
 

@@ -45,7 +45,7 @@ def layer(call: Call, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn
 @functools.partial(jax.jit, static_argnames=("shape", "format"))
 def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -> PackedExperts:
     """Random codes under one scale: what the kernels do does not depend on the values."""
-    groups = BLOCK_K // format.group_size
+    groups = format.num_scales(BLOCK_K)
     dtype = jnp.float32 if format.scale_dtype == jnp.uint8 else format.scale_dtype
     with jax.ensure_compile_time_eval():
         scales = format.canonical_scales(jnp.full((1, groups), 2.0**-9, dtype))

@@ -260,7 +260,10 @@ def _part(weights: ExpertOnHost, begin: int, end: int, on_disk: LayerOnDisk) -> 
         return Kernels(gate[:, begin:end], up[:, begin:end], down[:, :, begin:end])
     if isinstance(weights, PackedExperts):
         return _part_of_packed(weights, begin // BLOCK_K, -(-end // BLOCK_K))
-    group = on_disk.format.group_size
+    scales = [
+        *range(on_disk.format.row_scales),
+        *range(on_disk.format.num_scales(begin), on_disk.format.num_scales(end)),
+    ]
 
     def rows(array: Any) -> Any:
         return np.concatenate([array[:, begin:end], array[:, size + begin : size + end]], axis=1)
@@ -271,7 +274,7 @@ def _part(weights: ExpertOnHost, begin: int, end: int, on_disk: LayerOnDisk) -> 
         dataclasses.replace(
             w2,
             codes=w2.codes[:, :, begin // 2 : end // 2],
-            scales=w2.scales[:, :, begin // group : end // group],
+            scales=w2.scales[:, :, scales],
         ),
         None if bias is None else rows(bias),
         weights.w2_bias,

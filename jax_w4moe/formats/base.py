@@ -23,7 +23,8 @@ class WeightFormat(abc.ABC):
       code_dtype: the 4-bit dtype of an unpacked code.
       k_order: how the digits of a logical k inside its 128-block are permuted for the tensor core
         (see :mod:`jax_w4moe.formats.layout`).
-      scale_words: 32-bit words that hold the scales of a row and 128 of K, 1 or 2.
+      scale_words: 32-bit words that hold the scales of a row and 128 of K, 1 to 3.
+      row_scales: scales of a whole row that come before those of its groups, 0 or 1.
     """
 
     name: str
@@ -32,6 +33,11 @@ class WeightFormat(abc.ABC):
     code_dtype: jnp.dtype
     k_order: str
     scale_words: int
+    row_scales: int = 0
+
+    def num_scales(self, columns: int) -> int:
+        """Canonical scales of a row of so many columns."""
+        return self.row_scales + columns // self.group_size
 
     @abc.abstractmethod
     def canonical_scales(self, scales: Shaped[Array, "*rest G"]) -> Shaped[Array, "*rest G"]:

@@ -9,6 +9,9 @@ their scales lie within 14 binades of each other. The scale word of a (row, 128 
     bits 4t+3..4t+6   index of group t (t = 0..3), so that (word >> 4t) & 0x78 is 8 * index, the
                   offset of the group's 8-byte PRMT table; index 0: the whole group is zero
     all other bits    zero, reserved. A word of zeros means: all four groups are zero.
+
+``MXFP4_WIDE`` is the same for any scales whatever: the word is the four E8M0 bytes, the tensor core
+is given ``e2m1(code)``, and the accumulation multiplies the product of every group by its scale.
 """
 
 import dataclasses
@@ -36,6 +39,7 @@ class Mxfp4(WeightFormat):
     group_size: int = 32
     scale_dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.uint8))
     code_dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float4_e2m1fn))
+    max_spread: int | None = _MAX_SPREAD  # of the scales within 128 of K, in binades
     # All 32 codes that a thread holds of one row are one scale group: it needs two tables a record.
     k_order: str = "t p q h b"
     scale_words: int = 1
@@ -62,20 +66,21 @@ class Mxfp4(WeightFormat):
     ) -> tuple[UInt8[Array, "*rest K"], UInt8[Array, "*rest G"]]:
         """Rounds to nearest even with the OCP scale ``floor(log2(amax)) - 2``.
 
-        A group more than 14 binades below the largest of its 128 of K takes that window's lowest
-        scale, so that what is quantised here always packs exactly; its rounding error is then still
-        at most 2**-16 of the largest weight beside it.
+        With a ``max_spread`` of 14 a group more than that below the largest of its 128 of K takes
+        that window's lowest scale, so that what is quantised here always packs exactly; its
+        rounding error is then still at most 2**-16 of the largest weight beside it.
         """
         groups = weights.reshape(*weights.shape[:-1], -1, self.group_size)
         amax_bits = jnp.max(_bits(jnp.abs(groups)), axis=-1)
         exponent = jnp.maximum((amax_bits >> 23).astype(jnp.int32) - 2, 0)
-        blocks = _by_block(jnp.where(amax_bits == 0, 0, exponent))
-        lowest = jnp.max(blocks, axis=-1, keepdims=True) - _MAX_SPREAD
-        exponent = jnp.maximum(blocks, lowest).reshape(*exponent.shape[:-1], -1)
-        exponent = exponent[..., : groups.shape[-2]]
+        if self.max_spread is not None:
+            blocks = _by_block(jnp.where(amax_bits == 0, 0, exponent))
+            lowest = jnp.max(blocks, axis=-1, keepdims=True) - self.max_spread
+            exponent = jnp.maximum(blocks, lowest).reshape(*exponent.shape[:-1], -1)
+            exponent = exponent[..., : groups.shape[-2]]
         exponent = jnp.where(amax_bits == 0, _ONE, exponent)
         inverse_scale = _power_of_two(254 - exponent)
-        codes = _e2m1_codes(groups * inverse_scale[..., None]).reshape(weights.shape)
+        codes = e2m1_codes(groups * inverse_scale[..., None]).reshape(weights.shape)
         return codes, exponent.astype(jnp.uint8)
 
     def dequantize(
@@ -138,8 +143,8 @@ class Mxfp4(WeightFormat):
             )
         return (
             f"the E8M0 scale bytes of its groups are {exponents}, a spread over 14 binades, more"
-            " than an FP8 weight can hold exactly; re-quantise this row with scales at most 2**14"
-            " apart"
+            " than an FP8 weight can hold exactly; pack it as MXFP4_WIDE, which holds any, or"
+            " re-quantise this row with scales at most 2**14 apart"
         )
 
 
@@ -160,7 +165,7 @@ def _by_block(groups: Shaped[Array, "*rest G"]) -> Shaped[Array, "*rest C 4"]:
     return padded.reshape(*groups.shape[:-1], -1, _GROUPS)
 
 
-def _e2m1_codes(values: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+def e2m1_codes(values: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """Rounds to the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6; ties to the even code; saturates."""
     magnitude = jnp.abs(values)
     code = jnp.zeros(values.shape, jnp.uint8)
@@ -168,6 +173,11 @@ def _e2m1_codes(values: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
         above = magnitude >= midpoint if k % 2 else magnitude > midpoint
         code += above.astype(jnp.uint8)
     return code | jnp.signbit(values).astype(jnp.uint8) << 3
+
+
+def e2m1_values(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The numbers that codes stand for."""
+    return _ldexp_e2m1(codes, jnp.full(codes.shape, _ONE, jnp.uint8))
 
 
 def _ldexp_e2m1(
@@ -187,4 +197,29 @@ def _ldexp_e2m1(
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Mxfp4Wide(Mxfp4):
+    """MXFP4 with scales any distance apart; use the instance :data:`jax_w4moe.MXFP4_WIDE`."""
+
+    name: str = "mxfp4_wide"
+    k_order: str = "p q h t b"  # as it is: an instruction multiplies one group
+    max_spread: int | None = None
+
+    def words_from_scales(
+        self, codes: UInt8[Array, "*rest K"], scales: UInt8[Array, "*rest G"]
+    ) -> tuple[UInt32[Array, "*rest C 1"], Int32[Array, "*rest C"]]:
+        """The four bytes, the first one lowest; zero for a group of zeros, and for NaN."""
+        live = jnp.any((codes & 7).reshape(*scales.shape, self.group_size) != 0, axis=-1)
+        legal = scales <= _MAX_EXPONENT
+        held = _by_block(jnp.where(live & legal, scales, 0)).astype(jnp.uint32)
+        word = held[..., 0] | held[..., 1] << 8 | held[..., 2] << 16 | held[..., 3] << 24
+        return word[..., None], jnp.sum(_by_block(live & ~legal), axis=-1, dtype=jnp.int32)
+
+    def scales_from_words(self, words: UInt32[Array, "*rest C 1"]) -> UInt8[Array, "*rest G"]:
+        """Scale bytes; all-zero groups come back as 0."""
+        held = jnp.concatenate([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=-1)
+        return held.astype(jnp.uint8).reshape(*words.shape[:-2], -1)
+
+
 MXFP4 = register(Mxfp4())
+MXFP4_WIDE = register(Mxfp4Wide())

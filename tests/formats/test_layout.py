@@ -39,6 +39,22 @@ def _decode_mxfp4(code: int, scale_word: int, quad: int) -> list[int]:
     return [first, second]
 
 
+def _decode_mxfp4_wide(code: int, _scale_word: int, quad: int) -> list[int]:
+    """With the table of the magnitudes themselves."""
+    return _decode_mxfp4(code, 9 * 8 << 4 * quad, quad)
+
+
+def _e8m0_scales(words: np.ndarray) -> np.ndarray:
+    """A word of four bytes, one for each instruction."""
+    return words.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+
+
+def _e4m3_scales(words: np.ndarray) -> np.ndarray:
+    """Eight bytes, one for each half of an instruction, times the third word's f32."""
+    own = words[:2].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return own * words[2:].view(np.float32)
+
+
 def _decode_int4(code: int, _scale_word: int, _quad: int) -> list[int]:
     return [
         (half & 0x0E0E0E0E) + (half & 0x01010101) * 0x82 & 0xFFFFFFFF for half in (code, code >> 4)
@@ -67,6 +83,8 @@ def _in_order(j: np.ndarray, h: np.ndarray, t: np.ndarray, b: np.ndarray) -> np.
 # from a row's words, and the k of instruction j, half h, quad lane t, byte b.
 KERNELS = {
     "mxfp4": (_decode_mxfp4, _masked_scales(0x7F800000), _by_lane),
+    "mxfp4_wide": (_decode_mxfp4_wide, _e8m0_scales, _in_order),
+    "nvfp4": (_decode_mxfp4_wide, _e4m3_scales, _in_order),
     "int4_g128": (_decode_int4, _masked_scales(0xFFFFFFFF), _by_lane),
     "int4_g32": (_decode_int4, _bf16_scales, _in_order),
 }
@@ -76,7 +94,7 @@ def _registers(
     record: bytes, thread: int, format: w4.WeightFormat
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """What thread 0..127 of a warpgroup holds: A registers [4 instructions, 4 registers, 4 bytes]
-    as E4M3 bytes, and the f32 scales [4 instructions] of its rows g and g + 8."""
+    as E4M3 bytes, and the f32 scales of its rows g and g + 8, for each instruction or half of one."""
     warp, lane = divmod(thread, 32)
     group, quad = divmod(lane, 4)
     decode, scales, _ = KERNELS[format.name]
@@ -97,7 +115,7 @@ def _registers(
 
 def _weights(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> np.ndarray:
     """The 64 x 128 weights in logical K order: operands times scales."""
-    matrix, scales = np.full((64, 128), np.nan), np.full((64, 4), np.nan)
+    matrix, scales = np.full((64, 128), np.nan), np.full((64, 8), np.nan)
     for thread in range(128):
         registers, row_scales = _registers(record, thread, format)
         values = registers.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
@@ -109,9 +127,10 @@ def _weights(record: bytes, format: w4.WeightFormat = w4.MXFP4) -> np.ndarray:
                 row = 16 * warp + group + 8 * (register % 2)
                 column = 32 * instruction + 4 * quad + 16 * (register // 2)
                 matrix[row, column : column + 4] = values[instruction, register]
-        scales[16 * warp + group], scales[16 * warp + group + 8] = row_scales
+        low, high = (np.repeat(s, 8 // len(s)) for s in row_scales)
+        scales[16 * warp + group], scales[16 * warp + group + 8] = low, high
     logical = np.empty_like(matrix)
-    logical[:, _logical_k(format)] = matrix * np.repeat(scales, 32, axis=1)
+    logical[:, _logical_k(format)] = matrix * np.repeat(scales, 16, axis=1)
     return logical
 
 
@@ -143,7 +162,8 @@ def test_one_scale_group_is_one_lane_or_one_instruction() -> None:
     """The reason for the K orders: codes that share a scale meet."""
     position = np.arange(128)
     assert (_logical_k(w4.MXFP4) // 32 == position // 4 % 4).all()
-    assert (_logical_k(w4.INT4_G32) // 32 == position // 32).all()
+    for format in (w4.INT4_G32, w4.MXFP4_WIDE):
+        assert (_logical_k(format) // 32 == position // 32).all()
 
 
 def test_gate_and_up_meet_in_one_thread(rng: np.random.Generator) -> None:
@@ -182,7 +202,7 @@ def test_a_record_of_zero_bytes_is_a_record_of_zero_weights(format: w4.WeightFor
     """So that padding and sharding may append zeros."""
     q = w4.QuantizedTensor(
         jnp.zeros((1, 64, 64), jnp.uint8),
-        jnp.full((1, 64, 128 // format.group_size), 127, format.scale_dtype),
+        jnp.full((1, 64, format.num_scales(128)), 127, format.scale_dtype),
         format,
     )
     assert not np.asarray(w4.pack(q).data).any()

@@ -1,11 +1,13 @@
 """MXFP4 against ml_dtypes and against the definition of its scale word."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_w4moe import MXFP4
+from jax_w4moe import MXFP4, MXFP4_WIDE, QuantizedTensor, pack, unpack
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.oracle import E2M1
 
@@ -101,3 +103,32 @@ def test_scales_of_other_dtypes() -> None:
     assert np.asarray(MXFP4.canonical_scales(bad)).tolist() == [255] * 5
     with pytest.raises(TypeError, match="scales: dtype int32 does not hold MXFP4 scales; pass"):
         MXFP4.canonical_scales(jnp.zeros(4, jnp.int32))
+
+
+def test_wide_holds_any_spread(rng: np.random.Generator) -> None:
+    """All bytes but NaN's, in any company, and back."""
+    scales = rng.permuted(np.repeat(np.arange(255, dtype=np.uint8), 4)[None], axis=1).reshape(
+        1, 1, -1
+    )
+    scales = np.concatenate([scales, scales[..., :4]], axis=-1)
+    codes = rng.integers(0, 256, (1, 1, scales.shape[-1] * 16), dtype=np.uint8) | 1
+    q = QuantizedTensor(
+        jnp.asarray(np.repeat(codes, 32, axis=1)),
+        jnp.asarray(np.repeat(scales, 32, axis=1)),
+        MXFP4_WIDE,
+    )
+    back = unpack(pack(q))
+    assert_bitwise(back.codes, q.codes)
+    assert_bitwise(back.scales, q.scales)
+    bad = dataclasses.replace(q, scales=q.scales.at[0, 3, 7].set(255))
+    with pytest.raises(ValueError, match=r"row 3, k from 128: a scale is NaN"):
+        pack(bad)
+    with pytest.raises(ValueError, match="pack it as MXFP4_WIDE, which holds any"):
+        pack(dataclasses.replace(q, format=MXFP4))
+
+
+def test_wide_quantizes_without_a_window() -> None:
+    weights = np.ones((1, 128), np.float32)
+    weights[0, 32:64] = 2.0**-60
+    _, scales = MXFP4_WIDE.quantize(jnp.asarray(weights))
+    assert np.asarray(scales).tolist() == [[125, 65, 125, 125]]

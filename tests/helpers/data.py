@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jax_w4moe import (
@@ -38,6 +39,11 @@ def quantized(
     exponents = rng.integers(low, high, grid)
     if format.scale_dtype == jnp.uint8:
         scales = jnp.asarray(exponents, jnp.uint8)
+    elif format.row_scales:  # E4M3 numbers from 2**-3 to 2**3 or so, and what makes up for them
+        own = rng.uniform(0.5, 1, grid) * 2.0 ** rng.integers(-2, 4, grid)
+        own = own.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        row = rng.uniform(0.5, 1, (*grid[:2], 1)) * 2.0 ** (exponents[..., :1] - 128)
+        scales = jnp.asarray(np.concatenate([row.astype(np.float32), own], axis=-1))
     else:
         fractions = rng.uniform(0.5, 1, grid) * rng.choice([1, 1, 1, -1], grid)
         scales = jnp.asarray(np.ldexp(fractions, exponents - 127), format.scale_dtype)

@@ -27,8 +27,18 @@ def dequantize_int4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     )
 
 
+def dequantize_nvfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """u8[..., K/2] codes and f32[..., 1 + K/16] scales, the row's first -> float64[..., K]."""
+    nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    factors = scales[..., 1:] * scales[..., :1]
+    assert factors.dtype == np.float32
+    return E2M1[nibbles] * np.repeat(factors.astype(np.float64), 16, axis=-1)
+
+
 DEQUANTIZE = {
     "mxfp4": dequantize_mxfp4,
+    "mxfp4_wide": dequantize_mxfp4,
+    "nvfp4": dequantize_nvfp4,
     "int4_g128": dequantize_int4,
     "int4_g32": dequantize_int4,
 }
