@@ -91,10 +91,11 @@ ffi::Error ReadOperands(const char* op, std::string_view format, bool is_bf16, O
   return ffi::Error::Success();
 }
 
-ffi::Error CheckTile(const char* op, int64_t tile_tokens, bool is_bf16) {
-  if (!HasTile(tile_tokens, is_bf16)) {
-    return InvalidArgument(op, ": no tile of ", tile_tokens,
-                           " tokens is compiled; call the op through jax_w4moe, which knows them");
+ffi::Error CheckTile(const char* op, int64_t tile_tokens, Operands operands) {
+  if (!HasTile(tile_tokens, operands)) {
+    return InvalidArgument(
+        op, ": no tile of ", tile_tokens,
+        " tokens is compiled for these operands; call the op through jax_w4moe, which knows them");
   }
   return ffi::Error::Success();
 }

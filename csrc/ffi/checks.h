@@ -35,7 +35,7 @@ xla::ffi::Error ReadOperands(const char* op, std::string_view format, bool is_bf
                              Operands* operands);
 
 // A tile of so many tokens must be compiled.
-xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens, bool is_bf16);
+xla::ffi::Error CheckTile(const char* op, int64_t tile_tokens, Operands operands);
 
 // The workspace must have `needed` bytes.
 xla::ffi::Error CheckWorkspace(const char* op, xla::ffi::AnyBuffer workspace, int64_t needed);

@@ -53,7 +53,7 @@ ffi::Error ReadExperts(const char* op, const LayerAttributes& a, ffi::AnyBuffer 
     return InvalidArgument(op, ": w13 has ", e.w13_row_blocks, " row blocks, expected ",
                            4 * e.w2_k_blocks, " for w2's K-blocks; pack both with pack_experts");
   }
-  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(op, a.tile_tokens, a.is_bf16));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(op, a.tile_tokens, e.operands));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(
       op, "w13", w13, {e.num_experts, e.w13_row_blocks, e.w13_k_blocks, e.operands.RecordBytes()}));
   JAX_W4MOE_RETURN_IF_ERROR(CheckShape(

@@ -71,7 +71,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
     return InvalidArgument(kName, ": N=", p.num_columns, " does not fit ", p.row_blocks,
                            " row blocks of 64; pack the weights of this N");
   }
-  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens, is_bf16));
+  JAX_W4MOE_RETURN_IF_ERROR(CheckTile(kName, tile_tokens, p.operands));
   const int64_t needed =
       GroupedMatmulWorkspaceBytes(p.num_rows, p.k_blocks * p.operands.Panels(), p.num_experts);
   JAX_W4MOE_RETURN_IF_ERROR(CheckWorkspace(kName, *workspace, needed));

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "formats/formats.h"
+
 namespace jax_w4moe {
 
 // Token sub-tiles, tokens of each at most, math warpgroups, stages.
@@ -10,11 +12,12 @@ namespace jax_w4moe {
   X(1, 64, 3, 9) X(1, 96, 3, 7) X(2, 64, 3, 6) X(2, 120, 2, 4) X(4, 72, 2, 3)
 #define JAX_W4MOE_BF16_TILES(X) X(1, 64, 3, 6) X(2, 96, 2, 3)
 
-// Whether a tile of that many tokens is compiled, for E4M3 or bf16 activations.
-constexpr bool HasTile(int64_t tile_tokens, bool is_bf16) {
+// Whether a tile of that many tokens is compiled.
+inline bool HasTile(int64_t tile_tokens, Operands operands) {
+  if (!operands.is_bf16 && tile_tokens > operands.WidestFp8Tile()) return false;
 #define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages) || tile_tokens == subtiles* width
-  return is_bf16 ? false JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
-                 : false JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE);
+  return operands.is_bf16 ? false JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
+                          : false JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE);
 #undef JAX_W4MOE_CASE
 }
 

@@ -13,6 +13,8 @@ rows of each expert into as few tiles as hold them, as equal as can be."""
 BF16_TILE_TOKENS = (64, 192)
 """The same for bf16 activations."""
 
+_WIDEST = {"int4_g32": 240, "mxfp4_wide": 240, "nvfp4": 96}  # as in csrc/formats/formats.h
+
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
 _MIN_TILE_TOKENS = 64
 
@@ -26,6 +28,13 @@ def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
     max_tiles = num_rows // _MIN_TILE_TOKENS + min(num_rows, num_experts)
     plan = 128 + 2 * 4 * _MAX_EXPERTS + 16 * max_tiles
     return sum(round_up(part, 128) for part in [plan, *parts])
+
+
+def compiled(format: str, act_dtype: Any) -> tuple[int, ...]:
+    """Tokens of the tiles that are compiled for a weight format."""
+    if is_bf16(act_dtype):
+        return BF16_TILE_TOKENS
+    return tuple(tile for tile in TILE_TOKENS if tile <= _WIDEST.get(format, tile))
 
 
 def is_bf16(act_dtype: Any) -> bool:

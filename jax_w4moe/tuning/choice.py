@@ -8,7 +8,7 @@ import jax
 
 from jax_w4moe import implementation
 from jax_w4moe.tuning import model, winners
-from jax_w4moe.tuning.problem import Problem, Tactic, alike, check
+from jax_w4moe.tuning.problem import Problem, Tactic, alike, check, tactics
 from jax_w4moe.tuning.winners import Winner
 
 
@@ -50,7 +50,8 @@ def choose(problem: Problem, tactic: Tactic | None = None) -> Choice:
             return Choice(winner.tactic, "autotune")
         table = winners.shipped(device)
         for measured in alike(problem):
-            if winner := table.get(measured):
+            winner = table.get(measured)
+            if winner and winner.tactic in tactics(problem):
                 return Choice(winner.tactic, f"the measured table for {device}")
     return Choice(model.best(problem), "the cost model")
 

@@ -84,8 +84,7 @@ def alike(problem: Problem) -> tuple[Problem, ...]:
 
 def tactics(problem: Problem) -> tuple[Tactic, ...]:
     """All tactics that are legal for a problem, in ascending order: every compiled tile."""
-    is_bf16 = tiles.is_bf16(problem.act_dtype)
-    return tuple(map(Tactic, sorted(tiles.BF16_TILE_TOKENS if is_bf16 else tiles.TILE_TOKENS)))
+    return tuple(map(Tactic, sorted(tiles.compiled(problem.format, problem.act_dtype))))
 
 
 def check(problem: Problem, tactic: Any) -> None:

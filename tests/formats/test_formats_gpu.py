@@ -21,13 +21,14 @@ pytestmark = pytest.mark.gpu
 every_format = pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
 FP8, BF16 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)
 every_act_dtype = pytest.mark.parametrize("act_dtype", [FP8, BF16], ids=str)
-every_tile = pytest.mark.parametrize(
-    ("act_dtype", "tile"),
+every_format_and_tile = pytest.mark.parametrize(
+    ("format", "act_dtype", "tile"),
     [
-        *((FP8, tile) for tile in tiles.TILE_TOKENS),
-        *((BF16, tile) for tile in tiles.BF16_TILE_TOKENS),
+        pytest.param(format, act_dtype, tile, id=f"{format.name}-{act_dtype}-{tile}")
+        for format in formats()
+        for act_dtype in (FP8, BF16)
+        for tile in tiles.compiled(format.name, act_dtype)
     ],
-    ids=str,
 )
 kernel = functools.partial(w4.grouped_matmul, implementation="cuda_sm90")
 layer = functools.partial(w4.fused_moe, implementation="cuda_sm90")
@@ -38,8 +39,7 @@ BF16_RMS = 5e-3  # h, slots and y are rounded to bf16
 SHAPES = ((256, 128, 4, 2), (384, 640, 5, 3), (7168, 2048, 32, 8))
 
 
-@every_format
-@every_tile
+@every_format_and_tile
 def test_one_hot_rows_give_back_the_weights(
     rng: np.random.Generator, format: w4.WeightFormat, act_dtype: jnp.dtype, tile: int
 ) -> None:
