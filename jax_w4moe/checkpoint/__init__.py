@@ -24,7 +24,7 @@ from jax_w4moe.checkpoint.loading import (
     moe_config,
 )
 from jax_w4moe.checkpoint.mimo import MIMO
-from jax_w4moe.checkpoint.nvfp4 import NVFP4_EXPERTS
+from jax_w4moe.checkpoint.nvfp4 import MODELOPT, NVFP4_PACK_QUANTIZED
 
 __all__ = [
     "DEEPSEEK_V4",
@@ -34,7 +34,8 @@ __all__ = [
     "GPT_OSS_ORIGINAL",
     "MIMO",
     "MXFP4_PACK_QUANTIZED",
-    "NVFP4_EXPERTS",
+    "MODELOPT",
+    "NVFP4_PACK_QUANTIZED",
     "PACKED",
     "PACK_QUANTIZED",
     "CheckpointFiles",

@@ -12,7 +12,7 @@ and ``mxfp4-pack-quantized``:
     weight_scale   U8  [N, K/32], E8M0
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class PackQuantized(PerExpert):
         """INT4_G32 or INT4_G128."""
         return INT4_G32 if group_size == INT4_G32.group_size else INT4_G128
 
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
         """The words' bytes with their top bits flipped."""
         return codes.view(np.uint8) ^ np.uint8(_OFFSETS), scales
 
@@ -59,7 +59,7 @@ class Mxfp4PackQuantized(PerExpert):
         """MXFP4."""
         return MXFP4
 
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
         """The same bytes."""
         return codes, scales.view(np.uint8)
 

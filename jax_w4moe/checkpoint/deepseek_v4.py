@@ -6,6 +6,8 @@
 The draft layers under ``mtp.`` are left alone.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jax_w4moe.checkpoint.base import register
@@ -24,7 +26,7 @@ class DeepseekV4(PerExpert):
         """MXFP4."""
         return MXFP4
 
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
         """The same bytes."""
         return codes.view(np.uint8), scales.view(np.uint8)
 

@@ -9,6 +9,8 @@ Under ``model.layers.{L}.mlp.experts.{e}.``:
 The activations of a projection have one scale for all experts: the largest of the stored ones.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jax_w4moe.checkpoint.base import LayerOnDisk, register, require_dtype
@@ -33,7 +35,7 @@ class DeepseekW4AFP8(PerExpert):
         """INT4_G128."""
         return INT4_G128
 
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
         """The same codes; scales in f32."""
         return codes.view(np.uint8), scales.astype(np.float32)
 

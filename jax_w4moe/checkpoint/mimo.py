@@ -4,6 +4,8 @@ model.layers.{L}.mlp.experts.{e}.{gate,up,down}_proj.weight        U8  [N, K/2],
 model.layers.{L}.mlp.experts.{e}.{gate,up,down}_proj.weight_scale  U8  [N, K/32], E8M0
 """
 
+from typing import Any
+
 import numpy as np
 
 from jax_w4moe.checkpoint.base import register
@@ -22,7 +24,7 @@ class Mimo(PerExpert):
         """MXFP4."""
         return MXFP4
 
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
         """As they are."""
         return codes, scales
 

@@ -1,58 +1,57 @@
-"""NVFP4 experts (modelopt, compressed-tensors): known, so that they are refused by name.
+"""NVFP4 experts, as modelopt and as compressed-tensors store them.
 
-E2M1 codes with E4M3 scales per 16 and an f32 scale per matrix: their products are not exact in any
-format that the kernels have.
+    weight               weight_packed         U8       [N, K/2], E2M1, low nibble first
+    weight_scale         weight_scale          F8_E4M3  [N, K/16]
+    weight_scale_2       weight_global_scale   F32      one number; multiplies, or divides
+
+``input_scale`` is of FP4 activations and is not needed. Gate and up keep scales of their own.
 """
 
-from typing import NoReturn
+from typing import Any
 
-from jax_w4moe.checkpoint.base import DiskFormat, LayerOnDisk, register
-from jax_w4moe.checkpoint.files import CheckpointFiles
-from jax_w4moe.checkpoint.per_expert import expert_names
-from jax_w4moe.formats import WeightFormat
-from jax_w4moe.types import ExpertWeights
+import numpy as np
 
-
-class Nvfp4(DiskFormat):
-    """Found by its scales' dtype."""
-
-    name = "NVFP4"
-
-    def layers(self, files: CheckpointFiles) -> tuple[int, ...]:
-        """Those with U8 codes and E4M3 scales."""
-        layers = expert_names(files)
-        if not layers:
-            return ()
-        name = next(iter(layers.values())).projection(0, 0) + ".weight_scale"
-        is_nvfp4 = name in files.names and files.info(name).dtype == "F8_E4M3"
-        return tuple(layers) if is_nvfp4 else ()
-
-    def layer(
-        self, files: CheckpointFiles, layer: int, quantize: WeightFormat | None = None
-    ) -> LayerOnDisk:
-        """Refuses."""
-        self._refuse(files)
-
-    def read_expert(
-        self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int
-    ) -> ExpertWeights:
-        """Refuses."""
-        self._refuse(files)
-
-    def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
-        """Refuses."""
-        self._refuse(files)
-
-    def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
-        """Refuses."""
-        self._refuse(files)
-
-    def _refuse(self, files: CheckpointFiles) -> NoReturn:
-        raise NotImplementedError(
-            f"{files.path}: the experts are {self.name} (E4M3 scales per 16), which this version"
-            " has no kernel for; load the model's bf16 or FP8 checkpoint with quantize=, or one in"
-            " MXFP4 or INT4."
-        )
+from jax_w4moe.checkpoint.base import register
+from jax_w4moe.checkpoint.per_expert import PerExpert
+from jax_w4moe.formats import NVFP4, WeightFormat
 
 
-NVFP4_EXPERTS = register(Nvfp4())
+class Modelopt(PerExpert):
+    """The first column."""
+
+    name = "modelopt NVFP4"
+    codes = ("weight", ("U8",))
+    scales = ("weight_scale", ("F8_E4M3",))
+    numbers = ("weight_scale_2",)
+    group_sizes = (16,)
+    other_parts = ("input_scale",)
+
+    def weight_format(self, group_size: int) -> WeightFormat:
+        """NVFP4."""
+        return NVFP4
+
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
+        """The matrix's scale for every row, then those of its groups."""
+        row = np.broadcast_to(self.row_scale(numbers[0]), (len(scales), 1))
+        return codes, np.concatenate([row, scales.astype(np.float32)], axis=1)
+
+    def row_scale(self, number: np.float32) -> np.float32:
+        """What multiplies the scales of groups."""
+        return number
+
+
+class Nvfp4PackQuantized(Modelopt):
+    """The second column."""
+
+    name = "compressed-tensors NVFP4"
+    codes = ("weight_packed", ("U8",))
+    numbers = ("weight_global_scale",)
+    other_parts = ("input_global_scale",)
+
+    def row_scale(self, number: np.float32) -> np.float32:
+        """Stored as what divides them."""
+        return np.float32(1) / number
+
+
+MODELOPT = register(Modelopt())
+NVFP4_PACK_QUANTIZED = register(Nvfp4PackQuantized())

@@ -26,7 +26,7 @@ from jax_w4moe.checkpoint.base import (
     require_shape,
     require_sizes,
 )
-from jax_w4moe.checkpoint.files import CheckpointFiles
+from jax_w4moe.checkpoint.files import CheckpointFiles, TensorInfo
 from jax_w4moe.formats import WeightFormat
 from jax_w4moe.types import ExpertWeights, QuantizedTensor
 
@@ -95,6 +95,7 @@ class PerExpert(DiskFormat):
     Attributes:
       codes: the part that holds the codes, with its dtypes.
       scales: the same of the scales.
+      numbers: parts that are one F32 number each.
       codes_per_item: codes in an item of the codes' dtype.
       group_sizes: the legal numbers of codes to a scale.
       other_parts: what a projection may have beside these, and is not needed.
@@ -103,6 +104,7 @@ class PerExpert(DiskFormat):
 
     codes: tuple[str, tuple[str, ...]]
     scales: tuple[str, tuple[str, ...]]
+    numbers: tuple[str, ...] = ()
     codes_per_item: int = 2
     group_sizes: tuple[int, ...] = (32,)
     other_parts: tuple[str, ...] = ()
@@ -113,8 +115,8 @@ class PerExpert(DiskFormat):
         """What the codes are, with scales per so many."""
 
     @abc.abstractmethod
-    def canonical(self, codes: np.ndarray, scales: np.ndarray) -> tuple[Any, Any]:
-        """Codes and scales of some rows as stored -> canonical ones."""
+    def canonical(self, codes: np.ndarray, scales: np.ndarray, *numbers: Any) -> tuple[Any, Any]:
+        """Codes, scales and numbers of a projection as stored -> canonical codes and scales."""
 
     def layers(self, files: CheckpointFiles) -> tuple[int, ...]:
         """Those with names of this pattern, if the first expert's gate looks like this format."""
@@ -153,6 +155,8 @@ class PerExpert(DiskFormat):
                     info = files.info(f"{name}.{part}")
                     require_dtype(info, dtypes, self.name)
                     require_shape(info, (rows, width), why)
+                for part in self.numbers:
+                    require_number(files.info(f"{name}.{part}"), self.name)
         return LayerOnDisk(
             layer,
             names.prefix,
@@ -169,18 +173,22 @@ class PerExpert(DiskFormat):
         names = expert_names(files)[on_disk.layer]
 
         def tensor(*projections: int) -> QuantizedTensor:
-            stored = [
-                [files.read(f"{names.projection(expert, which)}.{part}") for which in projections]
-                for part in (self.codes[0], self.scales[0])
-            ]
-            codes, scales = self.canonical(*(np.concatenate(rows) for rows in stored))
+            parts: list[tuple[Any, Any]] = []
+            for which in projections:
+                name = names.projection(expert, which)
+                rows = (files.read(f"{name}.{part[0]}") for part in (self.codes, self.scales))
+                numbers = (files.read(f"{name}.{part}").reshape(())[()] for part in self.numbers)
+                parts.append(self.canonical(*rows, *numbers))
+            codes: Any
+            scales: Any
+            codes, scales = map(np.concatenate, zip(*parts, strict=True))
             return QuantizedTensor(codes[None], scales[None], on_disk.format)
 
         return ExpertWeights(tensor(0, 1), tensor(2))
 
     def replaced(self, files: CheckpointFiles, on_disk: LayerOnDisk) -> set[str]:
         """See :meth:`DiskFormat.replaced`."""
-        parts = (self.codes[0], self.scales[0], *self.other_parts)
+        parts = (self.codes[0], self.scales[0], *self.numbers, *self.other_parts)
         return expert_tensors(files, on_disk, parts)
 
     def sources(self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int) -> str:
@@ -203,6 +211,13 @@ class PerExpert(DiskFormat):
         for part, why in self.refused_parts.items():
             if f"{projection}.{part}" in files.names:
                 raise NotImplementedError(f"{files.path}: {projection}.{part} {why}.")
+
+
+def require_number(info: TensorInfo, layout: str) -> None:
+    """Refuses what is not one F32."""
+    require_dtype(info, ("F32",), layout)
+    if info.shape not in ((), (1,)):
+        raise ValueError(f"{info} has shape {info.shape}, need one number; download it again.")
 
 
 def matrices(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:

@@ -49,12 +49,6 @@ def _fp8_experts(fixture: Fixture) -> None:
             fixture.tensors[name] = np.zeros(shape, ml_dtypes.float8_e4m3fn)
 
 
-def _nvfp4(fixture: Fixture) -> None:
-    for name in [n for n in fixture.tensors if n.endswith("weight_scale")]:
-        rows, groups = fixture.tensors[name].shape
-        fixture.tensors[name] = np.zeros((rows, 2 * groups), ml_dtypes.float8_e4m3fn)
-
-
 def _same_groups(size: int) -> Callable[[Fixture], None]:
     def change(fixture: Fixture) -> None:
         for name in [n for n in fixture.tensors if n.endswith("weight_scale")]:
@@ -75,10 +69,10 @@ def _same_groups(size: int) -> Callable[[Fixture], None]:
             r"expert_dtype='fp4', but .*experts\.0\.w1\.weight is F8_E4M3; take config\.json",
         ),
         (
-            checkpoints.mimo,
-            _nvfp4,
-            NotImplementedError,
-            "the experts are NVFP4 .* no kernel for; load the model's bf16",
+            checkpoints.glm_nvfp4,
+            _set(K2 + "1.up_proj.weight_scale_2", np.zeros(96, np.float32)),
+            ValueError,
+            r"weight_scale_2 has shape \(96,\), need one number",
         ),
         (
             checkpoints.deepseek_v4,

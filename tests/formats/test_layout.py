@@ -94,7 +94,7 @@ def _registers(
     record: bytes, thread: int, format: w4.WeightFormat
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """What thread 0..127 of a warpgroup holds: A registers [4 instructions, 4 registers, 4 bytes]
-    as E4M3 bytes, and the f32 scales of its rows g and g + 8, for each instruction or half of one."""
+    as E4M3 bytes, and the f32 scales of its rows g and g + 8, by instruction or half of one."""
     warp, lane = divmod(thread, 32)
     group, quad = divmod(lane, 4)
     decode, scales, _ = KERNELS[format.name]

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_w4moe import Static
-from tests.helpers.oracle import dequantize_int4, dequantize_mxfp4
+from tests.helpers.oracle import dequantize_int4, dequantize_mxfp4, dequantize_nvfp4
 
 Tensors = dict[str, np.ndarray]
 BF16 = ml_dtypes.bfloat16
@@ -126,6 +126,32 @@ def _kimi(rng: np.random.Generator, name: str, rows: int, columns: int) -> Any:
         f"{name}.weight_shape": np.array([rows, columns], np.int32),
     }
     return tensors, values
+
+
+def _modelopt(
+    rng: np.random.Generator, name: str, rows: int, columns: int, number: Any = None
+) -> Any:
+    codes = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+    scales = (rng.uniform(0.5, 2, (rows, columns // 16)) * 16).astype(E4M3)
+    number = np.float32(rng.uniform(0.5, 1) / 2048) if number is None else number
+    every = np.concatenate([np.broadcast_to(number, (rows, 1)), scales.astype(np.float32)], axis=1)
+    tensors = {
+        f"{name}.weight": codes,
+        f"{name}.weight_scale": scales,
+        f"{name}.weight_scale_2": np.array(number),
+        f"{name}.input_scale": np.array(np.float32(0.5)),
+    }
+    return tensors, dequantize_nvfp4(codes, every)
+
+
+def _nvfp4_packed(rng: np.random.Generator, name: str, rows: int, columns: int) -> Any:
+    tensors, values = _modelopt(rng, name, rows, columns, number=np.float32(2.0**-12))
+    named = {
+        f"{name}.weight_packed": tensors[f"{name}.weight"],
+        f"{name}.weight_scale": tensors[f"{name}.weight_scale"],
+        f"{name}.weight_global_scale": np.array([2.0**12], np.float32),
+    }
+    return named, values
 
 
 def _bf16(rng: np.random.Generator, name: str, rows: int, columns: int) -> Any:
@@ -389,6 +415,21 @@ def mimo(rng: np.random.Generator) -> Fixture:
     return _fixture(rng, "model.layers.1.mlp.", sizes, config, _mimo)
 
 
+def glm_nvfp4(rng: np.random.Generator) -> Fixture:
+    """modelopt's NVFP4; every matrix has a scale of its own."""
+    sizes = (4, 128, 96, 2)
+    config = _V3 | _sizes(sizes) | {"model_type": "glm4_moe"}
+    prefix = "model.layers.1.mlp."
+    return _fixture(rng, prefix, sizes, config, _modelopt, shared=_bf16, shared_size=64)
+
+
+def kimi_nvfp4(rng: np.random.Generator) -> Fixture:
+    """compressed-tensors' NVFP4."""
+    sizes = (3, 64, 64, 2)
+    config = _V3 | _sizes(sizes) | {"model_type": "kimi_k2"}
+    return _fixture(rng, "model.layers.1.mlp.", sizes, config, _nvfp4_packed)
+
+
 def qwen3(rng: np.random.Generator) -> Fixture:
     """bf16 experts, softmax over all."""
     config = {
@@ -423,6 +464,8 @@ FIXTURES: dict[str, Callable[[np.random.Generator], Fixture]] = {
     "kimi_k25": kimi_k25,
     "kimi_k3": kimi_k3,
     "mimo": mimo,
+    "glm_nvfp4": glm_nvfp4,
+    "kimi_nvfp4": kimi_nvfp4,
 }
 """Those of 4 bits."""
 
