@@ -22,6 +22,8 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 # loadgroup: tests that share compilations stay in one process.
 PYTEST := $(PY) -m pytest -q -n 2 --dist loadgroup
+# Modules are compiled when they are first imported; most never are.
+export PIP_COMPILE := 0
 # -qq: errors only.
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 

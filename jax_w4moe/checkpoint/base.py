@@ -99,7 +99,8 @@ class DiskFormat(abc.ABC):
         Args:
           files: the checkpoint.
           layer: the layer's number.
-          quantize: the format to quantise float experts to; None for experts of 4 bits.
+          quantize: the format to round float experts (bf16, FP8) to; MXFP4_WIDE also for MXFP4 ones
+            whose scales lie too far apart, which are not rounded; else None.
 
         Raises:
           ValueError, TypeError: whatever is missing or does not fit.

@@ -38,7 +38,8 @@ def convert(
     Args:
       source: a checkpoint folder that :func:`load_experts` reads.
       destination: a folder: missing, empty, or of the same conversion when it was interrupted.
-      quantize: the format to round float experts to; None for experts of 4 bits.
+      quantize: the format to round float experts (bf16, FP8) to; MXFP4_WIDE also for MXFP4 ones
+        whose scales lie too far apart, which are not rounded; else None.
       progress: called with (files done, files in all, bytes of them written by this call).
 
     Raises:

@@ -28,7 +28,7 @@ from jax_w4moe.checkpoint.base import (
     require_sizes,
 )
 from jax_w4moe.checkpoint.files import CONFIG_FILE, CheckpointFiles
-from jax_w4moe.checkpoint.per_expert import refuse_quantize
+from jax_w4moe.checkpoint.per_expert import chosen_format
 from jax_w4moe.formats import MXFP4, WeightFormat
 from jax_w4moe.types import ExpertWeights, QuantizedTensor
 
@@ -71,7 +71,7 @@ class GptOss(DiskFormat):
         self, files: CheckpointFiles, layer: int, quantize: WeightFormat | None = None
     ) -> LayerOnDisk:
         """See :meth:`DiskFormat.layer`."""
-        refuse_quantize(files, self.name, quantize)
+        format = chosen_format(files, self.name, MXFP4, quantize)
         require_layer(files, self.layers(files), layer)
         self._check_model_type(files)
         prefix = self._prefix.format(layer=layer)
@@ -106,7 +106,7 @@ class GptOss(DiskFormat):
             (down.bias, (num_experts, hidden)),
         ):
             require_shape(info, shape, f"{blocks.name} is {blocks.shape}")
-        return LayerOnDisk(layer, prefix, num_experts, hidden, intermediate, MXFP4, True)
+        return LayerOnDisk(layer, prefix, num_experts, hidden, intermediate, format, True)
 
     def read_expert(
         self, files: CheckpointFiles, on_disk: LayerOnDisk, expert: int
@@ -123,8 +123,8 @@ class GptOss(DiskFormat):
         ]
         down = parts(self._down)
         return ExpertWeights(
-            QuantizedTensor(gate_up[0], gate_up[1], MXFP4),
-            QuantizedTensor(down[0], down[1], MXFP4),
+            QuantizedTensor(gate_up[0], gate_up[1], on_disk.format),
+            QuantizedTensor(down[0], down[1], on_disk.format),
             gate_up[2],
             down[2],
         )

@@ -58,7 +58,8 @@ def load_experts(
       path: a checkpoint folder, one .safetensors file, or a :class:`CheckpointFiles` of them: then
         the headers are read once for all layers. The format is detected.
       layer: the layer's number in the checkpoint.
-      quantize: the format to round float experts (bf16, FP8) to; None for experts of 4 bits.
+      quantize: the format to round float experts (bf16, FP8) to; MXFP4_WIDE also for MXFP4 ones
+        whose scales lie too far apart, which are not rounded; else None.
       mesh: the devices; None: the default device. Every process of a mesh must call.
       expert_axis, tensor_axis: as in :func:`jax_w4moe.shard_experts`.
       progress: called with (experts done, experts in all) of this process, after every expert.

@@ -134,7 +134,6 @@ class PerExpert(DiskFormat):
         self, files: CheckpointFiles, layer: int, quantize: WeightFormat | None = None
     ) -> LayerOnDisk:
         """See :meth:`DiskFormat.layer`."""
-        refuse_quantize(files, self.name, quantize)
         require_layer(files, self.layers(files), layer)
         names = expert_names(files)[layer]
         first = files.info(f"{names.projection(0, 0)}.{self.codes[0]}")
@@ -163,7 +162,7 @@ class PerExpert(DiskFormat):
             names.num_experts,
             hidden,
             intermediate,
-            self.weight_format(group_size),
+            chosen_format(files, self.name, self.weight_format(group_size), quantize),
         )
 
     def read_expert(
@@ -242,6 +241,16 @@ def expert_sources(files: CheckpointFiles, on_disk: LayerOnDisk, expert: int, pa
     names = expert_names(files)[on_disk.layer]
     gate, up, down = (files.info(f"{names.projection(expert, i)}.{part}") for i in range(3))
     return f"w13 from {gate} and {up}; w2 from {down}"
+
+
+def chosen_format(
+    files: CheckpointFiles, layout: str, stored: WeightFormat, quantize: WeightFormat | None
+) -> WeightFormat:
+    """What experts of 4 bits are packed as: as they are stored, or what takes that as it is."""
+    if quantize is not None and quantize.takes(stored):
+        return quantize
+    refuse_quantize(files, layout, quantize)
+    return stored
 
 
 def refuse_quantize(files: CheckpointFiles, layout: str, quantize: WeightFormat | None) -> None:

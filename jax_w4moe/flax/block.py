@@ -103,7 +103,8 @@ class MoEBlock(nnx.Module):
           layer: the number of the transformer layer.
           mesh: the devices to load onto; the experts are spread over ``expert_axis`` and
             ``tensor_axis``, all else is on each. None: the default device.
-          quantize: the format to round float experts to; None for experts of 4 bits.
+          quantize: the format to round float experts (bf16, FP8) to; MXFP4_WIDE also for MXFP4 ones
+            whose scales lie too far apart, which are not rounded; else None.
           **options: keywords of :class:`FusedMoE` that are not the model's own.
 
         Returns:

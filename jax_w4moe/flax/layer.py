@@ -250,7 +250,8 @@ class FusedMoE(nnx.Module):
           layer: the number of the transformer layer.
           mesh: the devices to load onto, spread as ``expert_axis`` and ``tensor_axis`` say; None:
             the default device.
-          quantize: the format to round float experts to; None for experts of 4 bits.
+          quantize: the format to round float experts (bf16, FP8) to; MXFP4_WIDE also for MXFP4 ones
+            whose scales lie too far apart, which are not rounded; else None.
           **options: keywords of the constructor; those that are the model's own need not be given.
 
         Returns:

@@ -39,6 +39,10 @@ class WeightFormat(abc.ABC):
         """Canonical scales of a row of so many columns."""
         return self.row_scales + columns // self.group_size
 
+    def takes(self, other: "WeightFormat") -> bool:
+        """Whether another format's codes and scales can be packed as this one as they are."""
+        return False
+
     @abc.abstractmethod
     def canonical_scales(self, scales: Shaped[Array, "*rest G"]) -> Shaped[Array, "*rest G"]:
         """Scales in any accepted dtype -> ``scale_dtype``.

@@ -143,8 +143,8 @@ class Mxfp4(WeightFormat):
             )
         return (
             f"the E8M0 scale bytes of its groups are {exponents}, a spread over 14 binades, more"
-            " than an FP8 weight can hold exactly; pack it as MXFP4_WIDE, which holds any, or"
-            " re-quantise this row with scales at most 2**14 apart"
+            " than an FP8 weight can hold exactly; take MXFP4_WIDE, which holds any (of a"
+            " checkpoint with quantize=MXFP4_WIDE)"
         )
 
 
@@ -204,6 +204,10 @@ class Mxfp4Wide(Mxfp4):
     name: str = "mxfp4_wide"
     k_order: str = "p q h t b"  # as it is: an instruction multiplies one group
     max_spread: int | None = None
+
+    def takes(self, other: WeightFormat) -> bool:
+        """MXFP4's: both have the same."""
+        return other == MXFP4
 
     def words_from_scales(
         self, codes: UInt8[Array, "*rest K"], scales: UInt8[Array, "*rest G"]

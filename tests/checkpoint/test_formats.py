@@ -14,6 +14,7 @@ pytest.importorskip("safetensors", reason="needs the extra: pip install 'jax_w4m
 from jax_w4moe import (
     INT4_G32,
     MXFP4,
+    MXFP4_WIDE,
     SiTU,
     SwiGLU,
     dequantize_experts,
@@ -76,6 +77,17 @@ def test_quantized_while_loaded(
     jax.tree.map(assert_bitwise, actual, expected)
     with pytest.raises(ValueError, match="not 4 bits; pass quantize=MXFP4"):
         load_experts(folder, fixture.layer)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "mimo"])
+def test_mxfp4_as_wide(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """The same weights in the format that any scales fit, also where they are too far apart."""
+    fixture, folder, _ = _written(name, rng, tmp_path)
+    experts = load_experts(folder, fixture.layer, quantize=MXFP4_WIDE)
+    assert experts.w13.format is experts.w2.format is MXFP4_WIDE
+    gate, up, down = dequantize_experts(unpack_experts(experts))
+    assert_bitwise(np.concatenate([gate, up], axis=1), _float32(fixture.w13))
+    assert_bitwise(down, _float32(fixture.w2))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ pytest.importorskip("safetensors", reason="needs the extra: pip install 'jax_w4m
 
 from safetensors.numpy import save_file
 
-from jax_w4moe import MXFP4
+from jax_w4moe import MXFP4, MXFP4_WIDE
 from jax_w4moe.checkpoint import (
     load_experts,
     load_router,
@@ -268,6 +268,11 @@ def test_inexact_scales(
     assert f"w2 from {file}: {EXPERTS}down_proj_blocks): {name}: " in text
     row = 2 if projection == "gate_up_proj" else 4
     assert f"the first is in expert {expert}, row {row}, k from 0" in text
+    if 255 in scales:
+        with pytest.raises(ValueError, match=message):
+            load_experts(tmp_path, 0, quantize=MXFP4_WIDE)
+    else:
+        assert load_experts(tmp_path, 0, quantize=MXFP4_WIDE).w2.format is MXFP4_WIDE
 
 
 # --- what the writer refuses ----------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_wide_holds_any_spread(rng: np.random.Generator) -> None:
     bad = dataclasses.replace(q, scales=q.scales.at[0, 3, 7].set(255))
     with pytest.raises(ValueError, match=r"row 3, k from 128: a scale is NaN"):
         pack(bad)
-    with pytest.raises(ValueError, match="pack it as MXFP4_WIDE, which holds any"):
+    with pytest.raises(ValueError, match="take MXFP4_WIDE, which holds any"):
         pack(dataclasses.replace(q, format=MXFP4))
 
 
