@@ -73,6 +73,7 @@ def main() -> None:
             "bf16": [{"act_dtype": jnp.bfloat16}] * 2,
             "FP8 per token": [{}] * 2,
             "FP8 per token, power of two": [{"act_scale": w4.PerToken(pow2=True)}] * 2,
+            "FP8 per 128 values, power of two": [{"act_scale": w4.Per128()}] * 2,
             "FP8 static": [{"act_scale": rule} for rule in static],
         }
         for name, options in ways.items():

@@ -17,7 +17,7 @@ from jax_w4moe.packing import (
     unpack,
     unpack_experts,
 )
-from jax_w4moe.quantization import PerToken, Static
+from jax_w4moe.quantization import Per128, PerToken, Static
 from jax_w4moe.replicas import Replicas, plan_replicas, replicate_experts
 from jax_w4moe.routing import hash_routing, topk_routing
 from jax_w4moe.sharding import expert_specs, shard_experts
@@ -34,6 +34,7 @@ __all__ = [
     "ExpertWeights",
     "PackedExperts",
     "PackedTensor",
+    "Per128",
     "PerToken",
     "Static",
     "Problem",

@@ -389,7 +389,7 @@ def options(activation: Any, act_dtype: Any, act_scale: Any) -> None:
         raise TypeError(f"act_dtype={jnp.dtype(act_dtype)}: use jnp.float8_e4m3fn or jnp.bfloat16.")
     if not isinstance(act_scale, ScaleRule):
         raise NotImplementedError(
-            f"act_scale={act_scale!r}: only PerToken(...) and Static(...) exist."
+            f"act_scale={act_scale!r}: only PerToken(...), Per128() and Static(...) exist."
         )
 
 

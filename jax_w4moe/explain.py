@@ -10,7 +10,7 @@ from jax_w4moe import checks, roofline, tuning
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.ops import fused_moe as op
-from jax_w4moe.quantization import PerToken, ScaleRule
+from jax_w4moe.quantization import PerToken, ScaleRule, operand_dtype
 from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -20,7 +20,12 @@ _PER_TOKEN = PerToken()
 
 
 def workspace_bytes(
-    experts: PackedExperts, num_tokens: int, top_k: int, *, act_dtype: Any = jnp.float8_e4m3fn
+    experts: PackedExperts,
+    num_tokens: int,
+    top_k: int,
+    *,
+    act_dtype: Any = jnp.float8_e4m3fn,
+    act_scale: ScaleRule = _PER_TOKEN,
 ) -> int:
     """GPU memory that a call of ``fused_moe`` needs beside its operands and its result.
 
@@ -28,7 +33,7 @@ def workspace_bytes(
       experts: the packed weights; only their shapes count.
       num_tokens: T. From T * k = 65,536 on the workspace grows no more.
       top_k: k.
-      act_dtype: as for ``fused_moe``.
+      act_dtype, act_scale: as for ``fused_moe``.
 
     Returns:
       Bytes.
@@ -38,7 +43,7 @@ def workspace_bytes(
     """
     checks.packed_experts(experts)
     checks.sizes(num_tokens, top_k, experts.num_experts)
-    return op.workspace_bytes(num_tokens, top_k, experts, act_dtype)
+    return op.workspace_bytes(num_tokens, top_k, experts, operand_dtype(act_dtype, act_scale))
 
 
 def explain(
@@ -73,6 +78,7 @@ def explain(
       ValueError, TypeError, NotImplementedError, RuntimeError: as ``fused_moe`` would.
     """
     checks.options(activation, act_dtype, act_scale)
+    act_dtype = operand_dtype(act_dtype, act_scale)
     checks.packed_experts(experts)
     num_tokens, top_k = topk_ids.shape
     checks.sizes(num_tokens, top_k, experts.num_experts)

@@ -16,9 +16,11 @@ from jax_w4moe.ops.fused_moe import fused_moe_cuda
 from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
 from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import (
+    Per128,
     PerToken,
     ScaleRule,
     fold_scales,
+    operand_dtype,
     quantize,
     quantize_per_token,
     round_to_bf16,
@@ -70,10 +72,11 @@ def fused_moe(
       activation: the gated activation between the projections.
       act_dtype: what activations are rounded to before each projection: jnp.float8_e4m3fn, or
         jnp.bfloat16 (no quantisation).
-      act_scale: the rule of the FP8 scales, ``PerToken`` or ``Static``.
+      act_scale: the rule of the FP8 scales, ``PerToken``, ``Per128`` or ``Static``.
       x_scale: a number, f32[] or f32[T, 1]: x is ``x_fp8 * x_scale``; or f32[T, H / 128], a scale
         per 128 values, which are folded into one per token
-        (:func:`jax_w4moe.quantization.fold_scales`).
+        (:func:`jax_w4moe.quantization.fold_scales`), or used as they are with ``Per128`` (exactly
+        where they are powers of two; else values are rounded to bf16).
       expert_axis: the mesh axis that experts are spread over (:func:`jax_w4moe.shard_experts`).
       tensor_axis: the mesh axis that the intermediate size is spread over.
       token_axes: mesh axes that tokens are spread over, in this order; with neither data nor types
@@ -117,10 +120,11 @@ def fused_moe(
     x_scale = _as_array(x_scale)
     checks.activations(x, x_scale, 2, experts.hidden_size, "[T, H]")
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
+    x, x_scale = _per_row(x, x_scale, act_scale)
     how = _how("fused_moe", implementation, x, activation, act_dtype, act_scale)
     op = functools.partial(_fused_moe, how)
-    tokens = Tokens(*_per_row(x, x_scale), topk_ids, topk_weights)
-    problem = Problem.of_layer("fused_moe", experts, topk_ids.size, act_dtype)
+    tokens = Tokens(x, x_scale, topk_ids, topk_weights)
+    problem = Problem.of_layer("fused_moe", experts, topk_ids.size, how.operand_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
         options = (how, tactic)
@@ -169,10 +173,11 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    how = _how("expert_mlp", implementation, rows, activation, act_dtype, act_scale)
+    tokens = _Rows(*_per_row(rows, x_scale, act_scale))
+    how = _how("expert_mlp", implementation, tokens.rows, activation, act_dtype, act_scale)
     op = functools.partial(_expert_mlp, how)
-    tokens = _Rows(*_per_row(rows, x_scale))
-    problem = Problem.of_layer("expert_mlp", experts, math.prod(rows.shape[:-1]), act_dtype)
+    num_rows = math.prod(rows.shape[:-1])
+    problem = Problem.of_layer("expert_mlp", experts, num_rows, how.operand_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, how.choice, tactic, op, ((tokens, (experts, sizes)) for sizes in rotated))
 
@@ -211,10 +216,10 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    how = _how("grouped_matmul", implementation, lhs, _SWIGLU, act_dtype, act_scale)
+    tokens = _Rows(*_per_row(lhs, x_scale, act_scale))
+    how = _how("grouped_matmul", implementation, tokens.rows, _SWIGLU, act_dtype, act_scale)
     op = functools.partial(_grouped_matmul, how, out_dtype)
-    tokens = _Rows(*_per_row(lhs, x_scale))
-    problem = Problem.of_matmul(rhs, lhs.shape[0], act_dtype)
+    problem = Problem.of_matmul(rhs, lhs.shape[0], how.operand_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, how.choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
 
@@ -253,6 +258,11 @@ class _How(NamedTuple):
     act_dtype: jnp.dtype
     act_scale: ScaleRule
 
+    @property
+    def operand_dtype(self) -> jnp.dtype:
+        """What the kernels are given, and what travels between devices."""
+        return operand_dtype(self.act_dtype, self.act_scale)
+
 
 def _how(
     op: str,
@@ -263,7 +273,9 @@ def _how(
     act_scale: ScaleRule,
 ) -> _How:
     """Chooses the implementation."""
-    unsupported = implementations.unsupported(x.dtype, act_dtype)
+    if jnp.dtype(act_dtype) == jnp.bfloat16:  # nothing is scaled
+        act_scale = _PER_TOKEN
+    unsupported = implementations.unsupported(x.dtype, operand_dtype(act_dtype, act_scale))
     choice = implementations.choose(op, implementation, unsupported)
     return _How(choice, activation, jnp.dtype(act_dtype), act_scale)
 
@@ -282,8 +294,12 @@ def _as_array(x_scale: Array | float | None) -> Array | None:
     return jnp.float32(x_scale) if isinstance(x_scale, int | float) else x_scale
 
 
-def _per_row(x: Array, x_scale: Array | None) -> tuple[Array, Array | None]:
-    """With one scale per row, so that a batch axis can be folded into rows."""
+def _per_row(x: Array, x_scale: Array | None, rule: ScaleRule) -> tuple[Array, Array | None]:
+    """With one scale per row, so that a batch axis can be folded into rows; or as bf16."""
+    if x_scale is not None and isinstance(rule, Per128):
+        scales = jnp.repeat(x_scale, 128, axis=-1) if x_scale.shape[-1:] != (1,) else x_scale
+        values = x.astype(jnp.float32) * scales[..., : x.shape[-1]]
+        return values.astype(jnp.bfloat16), None
     if x_scale is None or x_scale.shape == (*x.shape[:-1], 1):
         return x, x_scale
     if x_scale.ndim:
@@ -354,10 +370,11 @@ def _fused_moe(
 
     def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
         x, x_scale, ids, weights = tokens
-        problem = Problem.of_layer("fused_moe", experts, ids.size, how.act_dtype)
+        act_dtype = how.operand_dtype
+        problem = Problem.of_layer("fused_moe", experts, ids.size, act_dtype)
         chosen = tuning.choose(problem, tactic).tactic
         return fused_moe_cuda(
-            x, x_scale, experts, ids, weights, how.act_dtype, how.act_scale, how.activation, chosen
+            x, x_scale, experts, ids, weights, act_dtype, how.act_scale, how.activation, chosen
         )
 
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
@@ -418,8 +435,7 @@ def _spread_run(
     placement: sharding.Placement,
 ) -> Callable[[Tokens, PackedExperts], Array]:
     """What a device does of the layer, exchange included."""
-    is_fp8 = how.act_dtype == jnp.float8_e4m3fn
-    quantized = functools.partial(quantize, rule=how.act_scale)
+    is_fp8 = how.operand_dtype == jnp.float8_e4m3fn
     layer = _fused_moe(how, tactic)
     # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
     # the slices' own scales differ from one device's by more than that.
@@ -433,8 +449,11 @@ def _spread_run(
     def run(tokens: Tokens, experts: PackedExperts) -> Array:
         part = sharding.local_part(experts, placement)
         topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
-        if placement.gathered_axes and tokens.x_scale is None and is_fp8:
-            kernel = quantize_fp8_cuda if how.act_scale == _PER_TOKEN else quantized
+        rule = how.act_scale
+        is_quantized = is_fp8 and tokens.x_scale is None
+        if placement.gathered_axes and is_quantized and not isinstance(rule, Per128):
+            quantized = functools.partial(quantize, rule=rule)
+            kernel = quantize_fp8_cuda if rule == _PER_TOKEN else quantized
             x, x_scale = implementations.run(how.choice, kernel, quantized, tokens.x)
             tokens = tokens._replace(x=x, x_scale=x_scale)
 
@@ -482,10 +501,10 @@ def _expert_mlp(
 
     def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
         num_rows = math.prod(tokens.rows.shape[:-1])
-        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, how.act_dtype)
+        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, how.operand_dtype)
         chosen = tuning.choose(problem, tactic).tactic
         return expert_mlp_cuda(
-            *tokens, *fixed, how.act_dtype, how.act_scale, how.activation, chosen
+            *tokens, *fixed, how.operand_dtype, how.act_scale, how.activation, chosen
         )
 
     def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
@@ -520,9 +539,11 @@ def _grouped_matmul(
         return out.astype(out_dtype)
 
     def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], how.act_dtype)
+        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], how.operand_dtype)
         chosen = tuning.choose(problem, tactic).tactic
-        return grouped_matmul_cuda(*tokens, *fixed, how.act_dtype, how.act_scale, out_dtype, chosen)
+        return grouped_matmul_cuda(
+            *tokens, *fixed, how.operand_dtype, how.act_scale, out_dtype, chosen
+        )
 
     def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
         return implementations.run(how.choice, cuda, xla, tokens, fixed)

@@ -1,7 +1,7 @@
 """FP8 activation quantisation in jax.numpy: the rule that the CUDA op repeats bit for bit."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,25 @@ class Static:
                 )
 
 
-ScaleRule = PerToken | Static
+@dataclasses.dataclass(frozen=True)
+class Per128:
+    """One scale per token and 128 values, a power of two (UE8M0), as DeepSeek's models have them.
+
+    The kernels carry values that were quantised so as bf16, which holds them exactly.
+    """
+
+
+ScaleRule = PerToken | Static | Per128
 """How bf16 activations get their FP8 scales."""
 
 
+def operand_dtype(act_dtype: Any, rule: ScaleRule) -> jnp.dtype:
+    """The dtype that a kernel is given activations in, after they were quantised by a rule."""
+    return jnp.dtype(jnp.bfloat16 if isinstance(rule, Per128) else act_dtype)
+
+
 def quantize(
-    x: Float[Array, "*rows H"], rule: ScaleRule, before: Literal["w13", "w2"] = "w13"
+    x: Float[Array, "*rows H"], rule: PerToken | Static, before: Literal["w13", "w2"] = "w13"
 ) -> tuple[Float8e4m3fn[Array, "*rows H"], Float32[Array, "*rows 1"]]:
     """Quantises rows to E4M3, saturating, by a rule.
 
@@ -112,6 +125,25 @@ def quantize_per_token(
         inverse = jnp.where(is_finite, _power_of_two(254 - exponent), inverse)
     scaled = jnp.clip(values * inverse, -E4M3_MAX, E4M3_MAX)
     return scaled.astype(jnp.float8_e4m3fn), scale
+
+
+def round_per_128(x: Float[Array, "*rows H"]) -> Float32[Array, "*rows H"]:
+    """Rounds to E4M3 under a scale per 128 values, as :class:`Per128` says, and scales back.
+
+    Every 128 values are quantised as a row of :class:`PerToken` with ``pow2=True`` is. A NaN or an
+    infinity makes its 128 values NaN.
+
+    Args:
+      x: rows, bf16 or f32 that holds bf16 values; the last group may be shorter.
+
+    Returns:
+      The rounded values, which bf16 holds exactly.
+    """
+    width = x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % 128)])
+    groups = padded.reshape(*x.shape[:-1], -1, 128)
+    x_fp8, scale = quantize_per_token(groups, PerToken(pow2=True))
+    return (x_fp8.astype(jnp.float32) * scale).reshape(padded.shape)[..., :width]
 
 
 def fold_scales(

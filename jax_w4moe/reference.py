@@ -25,7 +25,14 @@ from jax_w4moe import varying
 from jax_w4moe.activations import Activation, SwiGLU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.packing import canonical_rows, dequantize_expert, pack_experts
-from jax_w4moe.quantization import PerToken, ScaleRule, quantize, round_to_bf16
+from jax_w4moe.quantization import (
+    Per128,
+    PerToken,
+    ScaleRule,
+    quantize,
+    round_per_128,
+    round_to_bf16,
+)
 from jax_w4moe.types import ExpertWeights, PackedExperts, PackedTensor
 
 Mode = Literal["exact", "mirrored"]
@@ -230,6 +237,17 @@ class _Rounding(NamedTuple):
         """Whether activations are quantised."""
         return self.mode == "mirrored" and jnp.dtype(self.act_dtype) == jnp.float8_e4m3fn
 
+    def __call__(
+        self, rows: Float[Array, "*rows H"], before: Literal["w13", "w2"]
+    ) -> tuple[Float[Array, "*rows H"], Float32[Array, "*rows 1"]]:
+        """R1 and R4: bf16 values as a matrix product sees them, and what scales its rows."""
+        one = jnp.ones((*rows.shape[:-1], 1), jnp.float32)
+        if not self.is_fp8:
+            return rows, one
+        if isinstance(self.act_scale, Per128):
+            return round_per_128(rows), one
+        return quantize(rows, self.act_scale, before)
+
 
 _EXACT = _Rounding(None, PerToken(), "exact")
 
@@ -290,13 +308,10 @@ def _groups(rows: Array, group_sizes: Int32[Array, "E"]) -> _Groups:
 def _activations(
     x: Array, x_scale: Array | None, rounding: _Rounding
 ) -> tuple[Float[Array, "*rows H"], Float32[Array, "*rows 1"]]:
-    """R1: the activations as GEMM1 sees them, and their scale per row."""
-    if rounding.is_fp8 and x_scale is None:
-        return quantize(x, rounding.act_scale)
-    scale = jnp.float32(1) if x_scale is None else x_scale
-    if scale.ndim == 0:
-        scale = jnp.full((*x.shape[:-1], 1), scale)
-    return x, scale
+    """The activations as GEMM1 sees them, and their scale per row."""
+    if x_scale is None:
+        return rounding(x, "w13")
+    return x, jnp.broadcast_to(x_scale, (*x.shape[:-1], 1))
 
 
 def _matmul(rows: Array, weights: Float32[Array, "N K"]) -> Float32[Array, "B N"]:
@@ -319,10 +334,7 @@ def _mlp(
     h = activation(gate, up)
     if rounding.mode == "exact":
         return _matmul(h, expert.w2) + expert.w2_bias
-    h = round_to_bf16(h)  # R3
-    h_scale = jnp.ones_like(x_scale)
-    if rounding.is_fp8:
-        h, h_scale = quantize(h, rounding.act_scale, "w2")  # R4
+    h, h_scale = rounding(round_to_bf16(h), "w2")  # R3, R4
     return (_matmul(h, expert.w2) * h_scale + expert.w2_bias).astype(rounding.slot_dtype)  # R5
 
 

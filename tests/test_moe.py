@@ -100,6 +100,11 @@ def test_fp8_tokens_with_a_scale_per_128_values(rng: np.random.Generator) -> Non
         x_scale=scales[:6].reshape(3, 2, 2),
     )  # fmt: skip
     assert masked.shape == (3, 2, 256)
+    # As they are: rounding again by the same rule changes nothing.
+    bf16 = (x.astype(jnp.float32) * jnp.repeat(scales, 128, axis=1)).astype(jnp.bfloat16)
+    rule = w4.Per128()
+    y = w4.fused_moe(x, experts, ids, weights, x_scale=scales, act_scale=rule)
+    assert_bitwise(y, w4.fused_moe(bf16, experts, ids, weights, act_scale=rule))
 
 
 def test_numpy_arrays_are_accepted(layer: Layer) -> None:
@@ -405,7 +410,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "act_scale": (
         {"act_scale": 1.0},
         NotImplementedError,
-        "act_scale=1.0: only PerToken(...) and Static(...) exist.",
+        "act_scale=1.0: only PerToken(...), Per128() and Static(...) exist.",
     ),
     "implementation": (
         {"implementation": "triton"},

@@ -9,13 +9,14 @@ import pytest
 
 import jax_w4moe as w4
 from jax_w4moe import reference
-from jax_w4moe.quantization import ScaleRule, quantize
+from jax_w4moe.quantization import ScaleRule, quantize, round_per_128
 from tests.helpers import data
 from tests.helpers.compare import assert_bitwise, relative_rms
 
 pytestmark = pytest.mark.gpu
 
 RULES = (w4.PerToken(), w4.PerToken(pow2=True), w4.Static(0.01, 0.25))
+EVERY_RULE = (*RULES, w4.Per128())
 BF16_ROUNDING = 3e-3
 
 
@@ -38,7 +39,26 @@ def test_rows_are_quantised_as_the_rule_says(rng: np.random.Generator, rule: Sca
     assert_bitwise(np.nan_to_num(actual), np.nan_to_num(expected))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rows_are_rounded_per_128_values(rng: np.random.Generator) -> None:
+    """Bitwise what the same rows give with bf16 activations, rounded before."""
+    x = np.array(data.tokens(rng, 300, 320))
+    x[:128, 7] = 8 * (1 + np.arange(128) / 128)
+    x[128], x[129, 3], x[130, 200] = 0, np.nan, np.inf
+    x[131] *= 2.0**-60
+    x[132, :128] *= 2.0**-12
+    packed = w4.pack(data.quantized(rng, (2, 64, 320)))
+    sizes = jnp.asarray([130, 170], jnp.int32)
+    kernel = functools.partial(
+        w4.grouped_matmul, implementation="cuda_sm90", preferred_element_type=jnp.float32
+    )
+    rounded = jax.jit(round_per_128)(jnp.asarray(x)).astype(jnp.bfloat16)
+    expected = np.asarray(kernel(rounded, packed, sizes, act_dtype=jnp.bfloat16))
+    actual = np.asarray(kernel(jnp.asarray(x), packed, sizes, act_scale=w4.Per128()))
+    assert_bitwise(np.isnan(actual), np.isnan(expected))
+    assert_bitwise(np.nan_to_num(actual), np.nan_to_num(expected))
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=str)
 @pytest.mark.parametrize(
     "activation", [w4.SwiGLU(limit=10.0), w4.SiTU(), w4.SiTU(1.5, 2.0)], ids=str
 )

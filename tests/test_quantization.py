@@ -114,6 +114,27 @@ def test_scales_that_are_powers_of_two() -> None:
     assert np.isinf(scale[1, 0]) and float(values[1, 0]) == 0
 
 
+def test_a_scale_per_128_values(rng: np.random.Generator) -> None:
+    """Against ml_dtypes in float64; what bf16 cannot hold would not come back equal."""
+    x = np.array(data.tokens(rng, 9, 320)).astype(np.float64)
+    x[:, 128:256] *= 2.0**-30
+    x[3, 256:], x[4, 300] = 0, 300.0
+    x = x.astype(ml_dtypes.bfloat16)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 64))).reshape(9, 3, 128)
+    amax = np.maximum(np.abs(padded).max(axis=-1, keepdims=True), 2.0**-100)
+    scale = 2.0 ** np.ceil(np.log2(amax / 448))
+    expected = (padded / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+    expected = expected.reshape(9, 384)[:, :320].astype(np.float32)
+    actual = quantization.round_per_128(jnp.asarray(x))
+    assert_bitwise(actual, expected)
+    assert_bitwise(actual.astype(jnp.bfloat16).astype(jnp.float32), expected)
+    assert_bitwise(quantization.round_per_128(actual), expected)
+    bad = np.array(x)
+    bad[0, 5], bad[1, 200] = np.nan, np.inf
+    broken = np.isnan(quantization.round_per_128(jnp.asarray(bad)))
+    assert broken[0, :128].all() and broken[1, 128:256].all() and broken.sum() == 256
+
+
 def test_static_scales(rng: np.random.Generator) -> None:
     """One for each projection; a value beyond 448 of it saturates."""
     x = np.array(data.tokens(rng, 5, 64))

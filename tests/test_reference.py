@@ -102,7 +102,7 @@ def test_other_formats_activations_and_scale_rules(
     run = functools.partial(w4.fused_moe, x, experts, ids, topk_weights, activation=activation)
     exact = reference.fused_moe(x, experts, ids, topk_weights, activation=activation)
     assert relative_rms(exact, expected) <= EXACT_RMS
-    rules = (w4.PerToken(), w4.PerToken(pow2=True), w4.Static(0.01, 0.05))
+    rules = (w4.PerToken(), w4.PerToken(pow2=True), w4.Static(0.01, 0.05), w4.Per128())
     results = [run(act_dtype=act_dtype, act_scale=rule) for rule in rules]
     bound = MIRRORED_RMS if act_dtype == jnp.float8_e4m3fn else 5e-3
     for result in results:

@@ -33,8 +33,8 @@ ffi::Error ReadExperts(const char* op, const LayerAttributes& a, ffi::AnyBuffer 
   e.tile_tokens = a.tile_tokens;
   e.activation = {static_cast<ActivationKind>(a.activation),
                   {a.activation_a, a.activation_b, a.activation_c}};
-  e.x_rule = {a.x_scale, a.pow2_scales};
-  e.h_rule = {a.h_scale, a.pow2_scales};
+  e.x_rule = {a.x_scale, a.pow2_scales, a.per_128};
+  e.h_rule = {a.h_scale, a.pow2_scales, a.per_128};
   if (e.activation.kind != ActivationKind::kSwiGlu && e.activation.kind != ActivationKind::kSiTu) {
     return InvalidArgument(op, ": activation ", a.activation,
                            " has no kernel here; call the op through jax_w4moe, which checks this");

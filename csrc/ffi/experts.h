@@ -16,7 +16,7 @@ struct LayerAttributes {
   bool is_bf16;
   int64_t activation;  // an ActivationKind
   float activation_a, activation_b, activation_c;
-  bool pow2_scales;
+  bool pow2_scales, per_128;
   float x_scale, h_scale;  // fixed ones of bf16 rows, or 0
   int64_t tile_tokens;
   int64_t rows_per_expert;  // of expert_mlp's masked layout, else 0
@@ -40,5 +40,5 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<bool>("is_bf16"), StructMember<int64_t>("activation"),
     StructMember<float>("activation_a"), StructMember<float>("activation_b"),
     StructMember<float>("activation_c"), StructMember<bool>("pow2_scales"),
-    StructMember<float>("x_scale"), StructMember<float>("h_scale"),
+    StructMember<bool>("per_128"), StructMember<float>("x_scale"), StructMember<float>("h_scale"),
     StructMember<int64_t>("tile_tokens"), StructMember<int64_t>("rows_per_expert"));

@@ -21,7 +21,7 @@ constexpr char kName[] = "grouped_matmul";
 
 std::atomic<int64_t> calls{0};
 
-ffi::Error Initialize(std::string_view format, bool is_bf16, bool, float, bool, int64_t) {
+ffi::Error Initialize(std::string_view format, bool is_bf16, bool, bool, float, bool, int64_t) {
   JAX_W4MOE_RETURN_IF_ERROR(CheckDevice(kName));
   Operands operands{};
   JAX_W4MOE_RETURN_IF_ERROR(ReadOperands(kName, format, is_bf16, &operands));
@@ -31,8 +31,8 @@ ffi::Error Initialize(std::string_view format, bool is_bf16, bool, float, bool, 
 ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_scale,
                    ffi::AnyBuffer records, ffi::AnyBuffer group_sizes,
                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                   std::string_view format, bool is_bf16, bool pow2_scales, float fixed_scale,
-                   bool gate_up, int64_t tile_tokens) {
+                   std::string_view format, bool is_bf16, bool pow2_scales, bool per_128,
+                   float fixed_scale, bool gate_up, int64_t tile_tokens) {
   calls.fetch_add(1, std::memory_order_relaxed);
   JAX_W4MOE_RETURN_IF_ERROR(CheckRows(kName, "lhs", lhs, x_scale, is_bf16));
   JAX_W4MOE_RETURN_IF_ERROR(CheckType(kName, "records", records, ffi::U8, 4));
@@ -51,7 +51,7 @@ ffi::Error Execute(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer x_sca
   p.num_columns = out->dimensions()[1];
   p.tile_tokens = tile_tokens;
   p.gate_up = gate_up;
-  p.x_rule = {fixed_scale, pow2_scales};
+  p.x_rule = {fixed_scale, pow2_scales, per_128};
   p.out_is_f32 = out_is_f32;
   JAX_W4MOE_RETURN_IF_ERROR(
       CheckShape(kName, "records", records,
@@ -90,6 +90,7 @@ XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
                            .Attr<std::string_view>("format")
                            .Attr<bool>("is_bf16")
                            .Attr<bool>("pow2_scales")
+                           .Attr<bool>("per_128")
                            .Attr<float>("x_scale")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"));
@@ -106,6 +107,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Attr<std::string_view>("format")
                            .Attr<bool>("is_bf16")
                            .Attr<bool>("pow2_scales")
+                           .Attr<bool>("per_128")
                            .Attr<float>("x_scale")
                            .Attr<bool>("gate_up")
                            .Attr<int64_t>("tile_tokens"),

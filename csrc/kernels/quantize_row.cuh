@@ -71,7 +71,8 @@ __device__ __forceinline__ float FinishPow2Scale(uint32_t amax_bits, float* x_sc
   const bool is_finite = bits < 0x7f800000;
   const float amax = __uint_as_float(bits);
   *x_scale = is_finite ? __uint_as_float(exponent << 23) : amax;
-  return is_finite ? __uint_as_float((254 - exponent) << 23) : __fdiv_rn(kE4m3Max, amax);
+  const float inverse = bits == 0x7f800000 ? 0.0f : amax;  // 448 over an infinity, or NaN
+  return is_finite ? __uint_as_float((254 - exponent) << 23) : inverse;
 }
 
 }  // namespace jax_w4moe

@@ -74,6 +74,11 @@ struct Bf16Rows {
 // of what the first left. With the row's largest magnitude in [2^11, 2^12) a value down to 2^-2 of
 // these units is exact; a smaller one is right to 2^-10, which is 2^-21 of the largest at most.
 struct SplitBf16Rows : Bf16Rows {
+  __device__ __forceinline__ Raw Load(int64_t row, int chunk) const {
+    Raw raw = Bf16Rows::Load(row, chunk);
+    if (rule.per_128) RoundPer128(raw);
+    return raw;
+  }
   // A power of two; of a row that holds an infinity or NaN, NaN.
   __device__ __forceinline__ float Finish(int64_t, uint32_t amax_bits, float& scale) const {
     const uint32_t exponent = max(TeamMax<kImageThreads>(amax_bits), kMinAmaxBits) >> 23;
@@ -100,6 +105,25 @@ struct SplitBf16Rows : Bf16Rows {
     return {PackFp8x4<E4m3>(values[0] - first[0], values[1] - first[1], values[2] - first[2],
                             values[3] - first[3]),
             high};
+  }
+  // To E4M3 under a scale that is a power of two, and back. Eight neighbouring threads have 128
+  // values.
+  static __device__ __forceinline__ void RoundPer128(Raw& raw) {
+    uint32_t amax_bits = AbsMax(raw);
+    const uint32_t mask = 0xffu << (threadIdx.x % 32 / 8 * 8);
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) {
+      amax_bits = max(amax_bits, __shfl_xor_sync(mask, amax_bits, lanes));
+    }
+    float scale;
+    const float inv_scale = FinishPow2Scale(amax_bits, &scale);
+#pragma unroll
+    for (uint2& four : raw.fours) {
+      float values[4];
+      UnpackFp8x4<E4m3>(Quantize(four, inv_scale), values);
+      four = {PackBf16(values[0] * scale, values[1] * scale),
+              PackBf16(values[2] * scale, values[3] * scale)};
+    }
   }
 };
 

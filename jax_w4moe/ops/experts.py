@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_w4moe.activations import Activation, SiTU
 from jax_w4moe.formats.layout import BLOCK_ROWS
 from jax_w4moe.ops import tiles
-from jax_w4moe.quantization import ScaleRule, Static
+from jax_w4moe.quantization import Per128, PerToken, ScaleRule, Static
 from jax_w4moe.tuning import Tactic
 from jax_w4moe.types import PackedExperts
 
@@ -68,6 +68,8 @@ def attributes(
 
 def scale_attributes(rule: ScaleRule) -> dict[str, Any]:
     """The rule of x's scales, as handlers know it."""
-    if isinstance(rule, Static):
-        return {"pow2_scales": False, "x_scale": rule.x_scale}
-    return {"pow2_scales": rule.pow2, "x_scale": 0.0}
+    return {
+        "pow2_scales": isinstance(rule, PerToken) and rule.pow2,
+        "per_128": isinstance(rule, Per128),
+        "x_scale": rule.x_scale if isinstance(rule, Static) else 0.0,
+    }

@@ -27,17 +27,18 @@ def sum_of_slices(
     x, ids, routing_weights = tokens
     intermediate = weights.w13.codes.shape[1] // 2
     size = round_up(-(-intermediate // parts), BLOCK_K)
-    group = weights.w2.format.group_size
+    format = weights.w2.format
     total = np.zeros(x.shape)
     for first in range(0, intermediate, size):
         end = min(first + size, intermediate)
         rows = np.r_[first:end, intermediate + first : intermediate + end]
         w13, w2 = weights.w13, weights.w2
+        of_groups = range(format.num_scales(first), format.num_scales(end))
         w13 = dataclasses.replace(w13, codes=w13.codes[:, rows], scales=w13.scales[:, rows])
         w2 = dataclasses.replace(
             w2,
             codes=w2.codes[..., first // 2 : end // 2],
-            scales=w2.scales[..., first // group : end // group],
+            scales=w2.scales[..., [*range(format.row_scales), *of_groups]],
         )
         w2_bias = weights.w2_bias if first == 0 else jnp.zeros_like(weights.w2_bias)
         sliced = w4.ExpertWeights(w13, w2, weights.w13_bias[:, rows], w2_bias)

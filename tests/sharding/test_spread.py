@@ -76,6 +76,19 @@ def test_slot_rows_are_bitwise_one_device(
     assert_bitwise(layer(*operands), w4.fused_moe(x, experts, ids, weights))
 
 
+def test_scales_per_128_values(experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]) -> None:
+    """Tokens travel as bf16; a slice of h has the scales that it has on one device, and only the sums
+    of slices are rounded once more."""
+    x, ids, weights = tokens
+    rule = w4.Per128()
+    expected = w4.fused_moe(x, experts, ids, weights, act_scale=rule)
+    for shape, exchange in (((4, 1), "slot_rows"), ((1, 2), "partial_sums")):
+        layer, operands = spread(
+            make_mesh(shape), experts, tokens, exchange=exchange, act_scale=rule
+        )
+        assert relative_rms(layer(*operands), expected) <= (0 if shape[1] == 1 else 5e-3)
+
+
 def test_tokens_over_data_axes(
     experts: w4.PackedExperts, tokens: tuple[jax.Array, ...], one_device: np.ndarray
 ) -> None:
