@@ -1,11 +1,12 @@
 """Continuous batching: requests join and leave the batch between steps.
 
-The engine is one coroutine, and everything but waiting for the device happens on its event loop, so
-there are no locks. A step is a prefill of a few prompts or one more token for every running
-request; after a prefill comes a decoding step, so that running requests wait for one prefill at
-most. A step is started before the tokens of the one before it are read. What ends a request is
-therefore known a step late, except where it can be counted ahead: the step that it took part in
-meanwhile is wasted, its token dropped.
+The engine is one coroutine, and everything but the device happens on its event loop, so there are
+no locks. A thread starts the steps and waits for their tokens: to start a program of many kernels
+may take the host milliseconds, in which the event loop writes the tokens of the step before. A step
+is a prefill of a few prompts or one more token for every running request; after a prefill comes a
+decoding step, so that running requests wait for one prefill at most. A step is started before the
+tokens of the one before it are read. What ends a request is therefore known a step late, except
+where it can be counted ahead: the step that it took part in meanwhile is wasted, its token dropped.
 """
 
 import asyncio
@@ -21,9 +22,7 @@ import numpy as np
 from jax_w4moe.serving import checks
 from jax_w4moe.serving.metrics import Metrics
 from jax_w4moe.serving.requests import Closed, FinishReason, Generation, Refused, Request
-from jax_w4moe.serving.steps import Steps, write_row
-
-_AHEAD = 1  # steps that are started before the tokens of an earlier one are read
+from jax_w4moe.serving.steps import NOWHERE, Steps, write_row
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,6 +33,7 @@ class _Sequence:
       generation: what its caller sees.
       limit: tokens to generate at most.
       padded: the length that its prompt is padded to.
+      stops: tokens that end it.
       planned: tokens that have been asked of the device.
       asked_at: when it came, s.
       token_at: when it got its last token, s.
@@ -42,17 +42,14 @@ class _Sequence:
     generation: Generation
     limit: int
     padded: int
+    stops: frozenset[int]
     planned: int = 0
     asked_at: float = 0.0
     token_at: float | None = None
 
 
-@dataclasses.dataclass
-class _Started:
-    """A step on the device: its tokens, and which of them is whose."""
-
-    ids: jax.Array
-    rows: list[tuple[int, _Sequence]]
+# Which token of a step is whose.
+_Rows = list[tuple[int, _Sequence]]
 
 
 class Engine:
@@ -84,6 +81,7 @@ class Engine:
         self._announce = announce
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._slots: list[_Sequence | None] = [None] * steps.slots
+        self._decoding = steps.empty_plan()  # of what is in the slots
         self._sequences: dict[Generation, _Sequence] = {}
         self._prefilled = False  # by the last step
         self._closed = False
@@ -120,6 +118,8 @@ class Engine:
             # The last token is given, but not computed with: it needs no place in the row.
             limit=min(request.max_tokens, self.steps.capacity + 1 - length),
             padded=next(padded for padded in lengths if padded >= length),
+            stops=frozenset(request.stop_token_ids)
+            | (frozenset() if request.ignore_eos else frozenset(self.steps.eos_token_ids)),
             asked_at=time.monotonic(),
         )
         self._sequences[generation] = sequence
@@ -143,18 +143,22 @@ class Engine:
         Raises:
           Exception: what the device raised; all requests have ended with "error" then.
         """
-        started: collections.deque[_Started] = collections.deque()
-        with ThreadPoolExecutor(1, "read tokens") as reader:
-            loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        started: tuple[jax.Array, _Rows] | None = None  # its tokens have not been read
+        with ThreadPoolExecutor(1, "device") as device:
             try:
                 while True:
-                    is_started = self._start(started)
-                    if len(started) > _AHEAD or (started and not is_started):
-                        step = started.popleft()
-                        self._deliver(step, await loop.run_in_executor(reader, _read, step.ids))
-                    elif not is_started:
-                        if self._closed:
-                            return
+                    plan, rows = self._plan()
+                    if plan is not None or started is not None:
+                        before, whose = started or (None, [])
+                        ids, tokens = await loop.run_in_executor(
+                            device, self._advance, plan, before
+                        )
+                        started = None if ids is None else (ids, rows)
+                        self._deliver(whose, tokens)
+                    elif self._closed:
+                        return
+                    else:
                         await self._wake.wait()
                         self._wake.clear()
             finally:
@@ -162,34 +166,34 @@ class Engine:
                 for sequence in list(self._sequences.values()):
                     self._finish(sequence, "error")
 
-    def _start(self, started: collections.deque[_Started]) -> bool:
-        """Starts a step, if there is one to do."""
-        planned = self._plan()
-        if planned is None:
-            return False
-        plan, rows = planned
-        if self._announce is not None:
-            self._announce(plan)
-        started.append(_Started(self.steps.run(plan), rows))
-        for slot, sequence in enumerate(self._slots):
-            if sequence is not None and sequence.planned == sequence.limit:
-                self._slots[slot] = None
-        return True
+    def _advance(
+        self, plan: np.ndarray | None, before: jax.Array | None
+    ) -> tuple[jax.Array | None, list[int]]:
+        """Starts a step, and waits for the tokens of the one before; in the device's thread."""
+        ids = None if plan is None else self.steps.run(plan)
+        return ids, [] if before is None else np.asarray(before).tolist()
 
-    def _plan(self) -> tuple[np.ndarray, list[tuple[int, _Sequence]]] | None:
+    def _plan(self) -> tuple[np.ndarray | None, _Rows]:
+        """The next step, if there is one to do, and whose its tokens will be."""
         free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
         is_idle = len(free) == len(self._slots)
-        if self._waiting and free and (is_idle or not self._prefilled):
-            self._prefilled = True
-            return self._plan_prefill(free)
-        self._prefilled = False
-        return None if is_idle else self._plan_decode()
+        self._prefilled = bool(self._waiting and free and (is_idle or not self._prefilled))
+        if not self._prefilled and is_idle:
+            return None, []
+        plan, rows = self._plan_prefill(free) if self._prefilled else self._plan_decode()
+        if self._announce is not None:
+            self._announce(plan)
+        for _, sequence in rows:
+            sequence.planned += 1
+            if sequence.planned == sequence.limit:
+                self._free(sequence)
+        return plan, rows
 
-    def _plan_prefill(self, free: list[int]) -> tuple[np.ndarray, list[tuple[int, _Sequence]]]:
+    def _plan_prefill(self, free: list[int]) -> tuple[np.ndarray, _Rows]:
         """The first prompts of the queue, as many in a row as are padded to the same length."""
         padded = self._waiting[0].padded
         plan = self.steps.empty_plan(padded)
-        rows: list[tuple[int, _Sequence]] = []
+        rows: _Rows = []
         for (index, row), slot in zip(enumerate(plan), free, strict=False):
             if not self._waiting or self._waiting[0].padded != padded:
                 break
@@ -197,34 +201,27 @@ class Engine:
             request = sequence.generation.request
             sampling = (request.seed, request.temperature, request.top_p)
             write_row(row, slot, *sampling, request.prompt)
+            write_row(self._decoding[slot], slot, *sampling)
             self._slots[slot] = sequence
             self.metrics.prompt_tokens.inc(len(request.prompt))
             rows.append((index, sequence))
-            sequence.planned = 1
         self._changed()
         return plan, rows
 
-    def _plan_decode(self) -> tuple[np.ndarray, list[tuple[int, _Sequence]]]:
-        plan = self.steps.empty_plan()
-        rows: list[tuple[int, _Sequence]] = []
-        for slot, sequence in enumerate(self._slots):
-            if sequence is not None:
-                request = sequence.generation.request
-                write_row(plan[slot], slot, request.seed, request.temperature, request.top_p)
-                rows.append((slot, sequence))
-                sequence.planned += 1
-        return plan, rows
+    def _plan_decode(self) -> tuple[np.ndarray, _Rows]:
+        rows = [(slot, each) for slot, each in enumerate(self._slots) if each is not None]
+        return self._decoding.copy(), rows
 
-    def _deliver(self, step: _Started, ids: np.ndarray) -> None:
+    def _deliver(self, rows: _Rows, tokens: list[int]) -> None:
         now = time.monotonic()
         count = 0
-        for index, sequence in step.rows:
-            generation, token = sequence.generation, int(ids[index])
+        for index, sequence in rows:
+            generation, token = sequence.generation, tokens[index]
             if generation.finish_reason is not None:
                 continue  # cancelled, or ended by the step before
             if token < 0:
                 self._finish(sequence, "error")
-            elif self._ends(generation.request, token):
+            elif token in sequence.stops:
                 self._finish(sequence, "stop")
             else:
                 count += 1
@@ -239,10 +236,6 @@ class Engine:
                 generation.notify()
         self.metrics.delivered(count)
 
-    def _ends(self, request: Request, token: int) -> bool:
-        is_eos = token in self.steps.eos_token_ids and not request.ignore_eos
-        return is_eos or token in request.stop_token_ids
-
     def _cancel(self, generation: Generation) -> None:
         sequence = self._sequences.get(generation)
         if sequence is not None:
@@ -253,18 +246,21 @@ class Engine:
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         generation = sequence.generation
         del self._sequences[generation]
-        if sequence in self._slots:
-            self._slots[self._slots.index(sequence)] = None
+        self._free(sequence)
         generation.finish_reason = reason
         generation.notify()
         self.metrics.requests.labels(reason).inc()
         self._changed()
 
+    def _free(self, sequence: _Sequence) -> None:
+        """Gives its slot back, if it has one."""
+        if sequence in self._slots:
+            slot = self._slots.index(sequence)
+            self._slots[slot] = None
+            self._decoding[slot] = 0
+            self._decoding[slot, 0] = NOWHERE
+
     def _changed(self) -> None:
         self.metrics.queued.set(len(self._waiting))
         self.metrics.running.set(len(self._sequences) - len(self._waiting))
         self._wake.set()
-
-
-def _read(ids: jax.Array) -> np.ndarray:
-    return np.asarray(ids)

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import itertools
+import threading
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from tests.serving.common import (
     CAPACITY,
     CONFIG,
     LENGTHS,
+    LIMIT_S,
     SLOTS,
     Offline,
     serve,
@@ -206,6 +208,28 @@ def test_steps_are_started_ahead(steps: Steps, monkeypatch: pytest.MonkeyPatch) 
     assert len(serve(engine, client()).tokens) == 4
     expected = ["run 0", "run 1", "read 0", "run 2", "read 1", "run 3", "read 2", "read 3"]
     assert order == expected
+
+
+def test_starting_a_step_does_not_hold_up_the_event_loop(
+    steps: Steps, offline: Offline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that waits for something that the event loop does meanwhile."""
+    done = threading.Event()
+    run = steps.run
+
+    def start(plan: np.ndarray) -> jax.Array:
+        assert done.wait(LIMIT_S / 2)
+        return run(plan)
+
+    monkeypatch.setattr(steps, "run", start)
+    engine, request = Engine(steps), Request((1,), 4)
+
+    async def client() -> Generation:
+        generation = engine.submit(request)
+        asyncio.get_running_loop().call_later(0.05, done.set)
+        return await generation.finished()
+
+    assert serve(engine, client()).tokens == offline.answer(request)[0]
 
 
 def test_rows_may_pause(steps: Steps, offline: Offline) -> None:
