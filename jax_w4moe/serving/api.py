@@ -12,11 +12,12 @@ import jax
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from jax_w4moe.serving.engine import Engine
-from jax_w4moe.serving.parameters import Parameters, parse
+from jax_w4moe.serving.parameters import parse
 from jax_w4moe.serving.requests import Closed, Generation, Refused
 from jax_w4moe.serving.text import Text
 
@@ -73,7 +74,7 @@ class _Api:
     async def metrics(self, _: HttpRequest) -> Response:
         return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def completions(self, request: HttpRequest) -> Response:
+    async def completions(self, request: HttpRequest) -> "Response | _Stream":
         try:
             parameters = parse(json.loads(await request.body()), self._text)
             if parameters.model not in (None, self._name):
@@ -91,9 +92,7 @@ class _Api:
             return _error(503, str(error))
         answer = _Answer(generation, self._text, self._name)
         if parameters.stream:
-            return StreamingResponse(
-                answer.events(request, parameters), media_type="text/event-stream"
-            )
+            return _Stream(answer, parameters.include_usage)
         return await answer.whole(request)
 
 
@@ -101,7 +100,7 @@ class _Answer:
     """One completion on its way to its client."""
 
     def __init__(self, generation: Generation, text: Text, name: str) -> None:
-        self._generation = generation
+        self.generation = generation
         self._pieces = text.pieces()
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -109,32 +108,36 @@ class _Answer:
             "created": int(time.time()),
             "model": name,
         }
+        # Of the events of tokens, only the text and the ids differ.
+        head = json.dumps({**self._head, "choices": []}).removesuffix("]}")
+        choice = json.dumps({"index": 0, "logprobs": None, "finish_reason": None})
+        self._event_begin = f"data: {head}{choice.removesuffix('}')}"
 
     async def whole(self, request: HttpRequest) -> Response:
         """All at once."""
-        async with _cancelled_with(request, self._generation):
-            await self._generation.finished()
-        if self._generation.finish_reason == "error":
+        async with _cancelled_with(request.receive, self.generation):
+            await self.generation.finished()
+        if self.generation.finish_reason == "error":
             return _error(500, _FAILED)
-        tokens = self._generation.tokens
+        tokens = self.generation.tokens
         choice = self._choice(self._pieces.add(tokens) + self._pieces.rest(), tokens)
         return JSONResponse({**self._head, "choices": [choice], "usage": self._usage()})
 
-    async def events(self, request: HttpRequest, parameters: Parameters) -> AsyncIterator[str]:
-        """Tokens as they come, then the reason of the end."""
-        async with _cancelled_with(request, self._generation):
-            async for tokens in self._generation:
-                choice = {**self._choice(self._pieces.add(tokens), tokens), "finish_reason": None}
-                yield _event({**self._head, "choices": [choice]})
-            if self._generation.finish_reason == "cancelled":
-                return  # nobody is there
-            if self._generation.finish_reason == "error":
-                yield _event(_error_body(500, _FAILED))
-            else:
-                yield _event({**self._head, "choices": [self._choice(self._pieces.rest(), [])]})
-            if parameters.include_usage:
-                yield _event({**self._head, "choices": [], "usage": self._usage()})
-            yield "data: [DONE]\n\n"
+    def event(self, tokens: list[int]) -> str:
+        """Tokens that have come."""
+        text = json.dumps(self._pieces.add(tokens))
+        return f'{self._event_begin}, "text": {text}, "token_ids": {tokens}}}]}}\n\n'
+
+    def last_events(self, include_usage: bool) -> str:
+        """The reason of the end."""
+        if self.generation.finish_reason == "error":
+            events = [_error_body(500, _FAILED)]
+        else:
+            events = [{**self._head, "choices": [self._choice(self._pieces.rest(), [])]}]
+        if include_usage:
+            events.append({**self._head, "choices": [], "usage": self._usage()})
+        data = [*map(json.dumps, events), "[DONE]"]
+        return "".join(f"data: {each}\n\n" for each in data)
 
     def _choice(self, text: str, tokens: list[int]) -> dict[str, Any]:
         return {
@@ -142,20 +145,42 @@ class _Answer:
             "text": text,
             "token_ids": tokens,
             "logprobs": None,
-            "finish_reason": self._generation.finish_reason,
+            "finish_reason": self.generation.finish_reason,
         }
 
     def _usage(self) -> dict[str, int]:
-        prompt, new = len(self._generation.request.prompt), len(self._generation.tokens)
+        prompt, new = len(self.generation.request.prompt), len(self.generation.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
+class _Stream:
+    """An ASGI response of server-sent events: tokens as they come."""
+
+    def __init__(self, answer: _Answer, include_usage: bool) -> None:
+        self._answer = answer
+        self._include_usage = include_usage
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        async def write(events: str, more: bool = True) -> None:
+            body = events.encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        generation = self._answer.generation
+        async with _cancelled_with(receive, generation):
+            async for tokens in generation:
+                await write(self._answer.event(tokens))
+            if generation.finish_reason != "cancelled":  # else nobody is there
+                await write(self._answer.last_events(self._include_usage), more=False)
+
+
 @contextlib.asynccontextmanager
-async def _cancelled_with(request: HttpRequest, generation: Generation) -> AsyncIterator[None]:
+async def _cancelled_with(receive: Receive, generation: Generation) -> AsyncIterator[None]:
     """Cancels the generation when its client goes, and when the block is left."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         generation.cancel()
 
@@ -165,10 +190,6 @@ async def _cancelled_with(request: HttpRequest, generation: Generation) -> Async
     finally:
         watching.cancel()
         generation.cancel()
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
 
 
 def _error(status: int, sentence: str) -> Response:
