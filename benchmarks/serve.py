@@ -13,14 +13,16 @@ not counted.
 import asyncio
 import datetime
 import json
+import multiprocessing
 import shlex
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Annotated, Any
 
-import aiohttp
 import numpy as np
 import typer
 from rich.console import Console
@@ -33,6 +35,8 @@ CONCURRENCY = (1, 20, 32, 64, 128)
 LENGTHS = ("1000/1000", "6000/1000")
 SPREAD = 0.1  # lengths are uniform in so much around their mean
 
+_all_warm: Barrier  # of the processes of clients, in each of them
+
 
 def main(
     address: Annotated[str, typer.Option(help="http://HOST:PORT of a server.")] = "",
@@ -43,6 +47,9 @@ def main(
     lengths: Annotated[list[str] | None, typer.Option(help="Mean tokens, PROMPT/ANSWER.")] = None,
     scale: Annotated[float, typer.Option(help="Of all lengths.")] = 1.0,
     requests: Annotated[int, typer.Option(min=1, help="Of every client, that are counted.")] = 4,
+    client_processes: Annotated[
+        int, typer.Option(min=1, help="To spread clients over: one takes some 25,000 tokens/s.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of prompts and lengths.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="Where to write figures.")] = None,
     soak: Annotated[float, typer.Option(help="Instead: seconds of 64 clients at random.")] = 0.0,
@@ -65,16 +72,17 @@ def main(
     ]
     rng = np.random.default_rng(seed)
     if start_ is None:
-        report = asyncio.run(_load(address, cells, requests, rng))
+        report = asyncio.run(_load(address, cells, requests, client_processes, rng))
     else:
         with start(shlex.split(start_)) as started:
-            report = asyncio.run(_load(started.address, cells, requests, rng))
+            load = _load(started.address, cells, requests, client_processes, rng)
+            report = asyncio.run(load)
     if json_ is not None:
         json_.write_text(json.dumps(report, indent=1) + "\n")
 
 
 async def _load(
-    address: str, cells: list[Any], requests: int, rng: np.random.Generator
+    address: str, cells: list[Any], requests: int, processes: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     """All cells of the table, which is printed; and for --json."""
     async with session_for(address) as session:
@@ -87,7 +95,18 @@ async def _load(
                     f" {capacity}: raise its --capacity or lower --scale."
                 )
         before = await metrics_of(session)
-        rows = [_figures(cell, await _cell(session, model, cell, requests, rng)) for cell in cells]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, spawn, _enter, (spawn.Barrier(processes),)) as pool:
+            rows = []
+            for cell in cells:
+                parts = (
+                    pool.submit(_clients, address, model, part, requests, each)
+                    for part, each in zip(
+                        _shares(cell, processes), rng.spawn(processes), strict=True
+                    )
+                )
+                measured = await asyncio.gather(*map(asyncio.wrap_future, parts))
+                rows.append(_figures(cell, *zip(*measured, strict=True)))
         compiled = (await metrics_of(session))["compilations"] - before["compilations"]
     report = {
         "date": datetime.date.today().isoformat(),
@@ -101,14 +120,30 @@ async def _load(
     return report
 
 
+def _enter(barrier: Barrier) -> None:
+    """Begins a process of clients."""
+    global _all_warm
+    _all_warm = barrier
+
+
+def _shares(cell: Any, processes: int) -> list[Any]:
+    """The cell of every process: its part of the clients, at times none."""
+    clients, *means = cell
+    return [((clients + index) // processes, *means) for index in range(processes)]
+
+
+def _clients(*arguments: Any) -> tuple[float, float, list[Answer]]:
+    """One process' clients: when they began and ended, and their answers."""
+    try:
+        return asyncio.run(_cell(*arguments))
+    except BaseException:
+        _all_warm.abort()  # the others are not to wait
+        raise
+
+
 async def _cell(
-    session: aiohttp.ClientSession,
-    model: dict[str, Any],
-    cell: Any,
-    requests: int,
-    rng: np.random.Generator,
-) -> tuple[float, list[Answer]]:
-    """Seconds and answers of so many clients."""
+    address: str, model: dict[str, Any], cell: Any, requests: int, rng: np.random.Generator
+) -> tuple[float, float, list[Answer]]:
     clients, *means = cell
 
     def draw() -> tuple[list[int], int]:
@@ -118,19 +153,25 @@ async def _cell(
         )
         return rng.integers(0, model["vocab_size"], prompt).tolist(), new
 
-    async def client(count: int) -> list[Answer]:
-        drawn = [draw() for _ in range(count)]
-        return [await complete(session, *each, ignore_eos=True) for each in drawn]
+    async with session_for(address) as session:
 
-    await asyncio.gather(*(client(1) for _ in range(clients)))
-    began = time.perf_counter()
-    answers = await asyncio.gather(*(client(requests) for _ in range(clients)))
-    return time.perf_counter() - began, [answer for each in answers for answer in each]
+        async def client(count: int) -> list[Answer]:
+            drawn = [draw() for _ in range(count)]
+            return [await complete(session, *each, ignore_eos=True) for each in drawn]
+
+        await asyncio.gather(*(client(1) for _ in range(clients)))
+        _all_warm.wait()
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(client(requests) for _ in range(clients)))
+        return began, time.perf_counter(), [answer for each in answers for answer in each]
 
 
-def _figures(cell: Any, measured: tuple[float, list[Answer]]) -> dict[str, Any]:
+def _figures(
+    cell: Any, began: list[float], ended: list[float], parts: list[list[Answer]]
+) -> dict[str, Any]:
     """Throughput, and mean, median and P99 of latencies, ms."""
-    seconds, answers = measured
+    seconds = max(ended) - min(began)
+    answers = [answer for part in parts for answer in part]
     clients, prompt, new = cell
     if bad := [answer for answer in answers if answer.finish_reason != "length"]:
         raise RuntimeError(

@@ -138,10 +138,9 @@ def _parse(options: list[str]) -> dict[str, Any]:
 
 
 def _write_tiny(path: Path) -> None:
-    from examples import serve
-    from jax_w4moe.models import save_random_gpt_oss
+    from jax_w4moe.models import TINY_GPT_OSS, save_random_gpt_oss
 
-    save_random_gpt_oss(path, serve.TINY)
+    save_random_gpt_oss(path, TINY_GPT_OSS)
 
 
 def _prompts(parsed: dict[str, Any], rng: np.random.Generator) -> list[list[int]]:
