@@ -48,7 +48,7 @@ def main(
     scale: Annotated[float, typer.Option(help="Of all lengths.")] = 1.0,
     requests: Annotated[int, typer.Option(min=1, help="Of every client, that are counted.")] = 4,
     client_processes: Annotated[
-        int, typer.Option(min=1, help="To spread clients over: one takes some 25,000 tokens/s.")
+        int, typer.Option(min=1, help="To spread clients over, where one is not enough.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Of prompts and lengths.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="Where to write figures.")] = None,
