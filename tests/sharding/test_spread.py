@@ -77,7 +77,7 @@ def test_slot_rows_are_bitwise_one_device(
 
 
 def test_scales_per_128_values(experts: w4.PackedExperts, tokens: tuple[jax.Array, ...]) -> None:
-    """Tokens travel as bf16; a slice of h has the scales that it has on one device, and only the sums
+    """Tokens travel as bf16; a slice of h has the scales that it has on one device, and only sums
     of slices are rounded once more."""
     x, ids, weights = tokens
     rule = w4.Per128()
