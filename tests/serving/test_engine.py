@@ -4,6 +4,7 @@ import asyncio
 import collections
 import itertools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax_w4moe.serving import (
     Request,
     Steps,
     compilations,
+    metrics,
 )
 from jax_w4moe.serving.steps import write_row
 from tests.serving.common import (
@@ -97,11 +99,30 @@ def test_every_request_gets_its_own_answer(
         assert metric(engine, "requests_total", outcome=reason) == count
     generated = sum(len(generation.tokens) for generation in generations)
     assert metric(engine, "generated_tokens_total") == generated
-    assert metric(engine, "tokens_per_second") == pytest.approx(generated / 10)
+    assert metric(engine, "tokens_per_second") <= generated / 10 + 0.01  # of the last ten seconds
+
     firsts = sum(bool(generation.tokens) for generation in generations)
     assert metric(engine, "time_to_first_token_seconds_count") == firsts
     assert metric(engine, "inter_token_latency_seconds_count") == generated - firsts
     assert metric(engine, "queued_requests") == metric(engine, "running_requests") == 0
+
+
+def test_the_rate_is_of_the_last_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    own = metrics.Metrics()
+
+    def rate() -> float | None:
+        return own.registry.get_sample_value("jax_w4moe_tokens_per_second")
+
+    own.delivered(30)
+    now[0] += 6
+    own.delivered(20)
+    assert rate() == pytest.approx(5.0)
+    now[0] += 5
+    assert rate() == pytest.approx(2.0)
+    now[0] += 20
+    assert rate() == 0
 
 
 def test_a_full_row_ends(steps: Steps, offline: Offline) -> None:
