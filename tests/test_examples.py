@@ -18,6 +18,7 @@ def serve(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
+@pytest.mark.matrix  # its start and first steps are those of the next test
 def test_serving_on_two_processes() -> None:
     result = serve("--steps", "3")
     assert result.returncode == 0, result.stdout + result.stderr

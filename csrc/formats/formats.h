@@ -1,7 +1,8 @@
 // The weight formats that kernels are compiled for: the class; the name of its header, which is the
 // format's name in Python as well; the 32-bit scale words of a row and 128 of K; the order of K;
-// and the widest tile of tokens for FP8 activations (what promotes more often needs more registers;
-// jax_w4moe/ops/tiles.py has the same). CMakeLists.txt reads these lines, too.
+// and the widest tile of tokens for FP8 activations (what promotes more often needs more registers,
+// or is not worth its compilation; jax_w4moe/ops/tiles.py has the same). CMakeLists.txt reads these
+// lines, too.
 #pragma once
 
 #include <string_view>
@@ -10,11 +11,11 @@
 #include "common/limits.h"
 #include "mainloop/activations.cuh"
 
-#define JAX_W4MOE_FORMATS(X)                         \
-  X(Mxfp4, mxfp4, 1, KOrder::kByLane, 288)           \
-  X(Int4G128, int4_g128, 1, KOrder::kByLane, 288)    \
-  X(Int4G32, int4_g32, 2, KOrder::kInOrder, 240)     \
-  X(Mxfp4Wide, mxfp4_wide, 1, KOrder::kInOrder, 240) \
+#define JAX_W4MOE_FORMATS(X)                        \
+  X(Mxfp4, mxfp4, 1, KOrder::kByLane, 288)          \
+  X(Int4G128, int4_g128, 1, KOrder::kByLane, 288)   \
+  X(Int4G32, int4_g32, 2, KOrder::kInOrder, 240)    \
+  X(Mxfp4Wide, mxfp4_wide, 1, KOrder::kInOrder, 96) \
   X(Nvfp4, nvfp4, 3, KOrder::kInOrder, 96)
 
 namespace jax_w4moe {

@@ -13,7 +13,7 @@ rows of each expert into as few tiles as hold them, as equal as can be."""
 BF16_TILE_TOKENS = (64, 192)
 """The same for bf16 activations."""
 
-_WIDEST = {"int4_g32": 240, "mxfp4_wide": 240, "nvfp4": 96}  # as in csrc/formats/formats.h
+_WIDEST = {"int4_g32": 240, "mxfp4_wide": 96, "nvfp4": 96}  # as in csrc/formats/formats.h
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
 _MIN_TILE_TOKENS = 64

@@ -145,6 +145,7 @@ def _short_program(op: Any, inputs: Any, shared: Any = (), calls: int = 1) -> ti
     return timing.Program(op, inputs, shared, calls=1)
 
 
+@pytest.mark.matrix
 def test_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
     monkeypatch.setattr(spread, "Program", _short_program)

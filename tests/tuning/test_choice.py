@@ -329,6 +329,7 @@ def test_rotated_calls_are_the_same_work_on_other_experts(
         assert (rotated[1::2, 1] == -1).all()
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("two_tiles")
 def test_autotune_measures(call: Any, h200: None, tmp_path: Path) -> None:
     """With the timing itself, on the CPU."""
