@@ -12,6 +12,7 @@ namespace jax_w4moe {
 // What decoders share whose scales all enter the promotion (formats/mxfp4.cuh says what a decoder
 // has, and how a word of eight codes is braided).
 struct E2m1Codes {
+  static constexpr bool kFewWidths = true;
   static constexpr int kTableBytes = 0;  // none
   static __device__ __forceinline__ uint8_t TableByte(int) { return 0; }
 

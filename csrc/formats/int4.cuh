@@ -12,6 +12,7 @@ namespace jax_w4moe {
 
 // What decoders of INT4 share (formats/mxfp4.cuh says what a decoder has).
 struct Int4Codes {
+  static constexpr bool kFewWidths = false;
   static constexpr int kTableBytes = 0;  // none
   static __device__ __forceinline__ uint8_t TableByte(int) { return 0; }
 

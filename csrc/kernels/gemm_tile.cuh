@@ -62,13 +62,12 @@ struct GroupedGemmTile {
   static_assert(kBarriersAt + 16 * (kStages + kWarpgroups) == kSharedBytes, "nothing else");
 
   // The widths that sub-tiles are compiled for, of the multiples of 8: all of a single sub-tile,
-  // and with FP8 all of the large ones, else every other; where K128 has eight groups, whose code
-  // is long, 8 and every other one. Two have enough to do from 32 on.
+  // and with FP8 all of the large ones, else every other. Two have enough to do from 32 on.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
   template <int kWidth>
   static constexpr bool kIsCompiled =
-      kWidth % 16 == 0 ||
-      (Decoder::kGroups == 8 ? kWidth == 8 : kSubtiles == 1 || (kPanels == 1 && kWidth > 64));
+      Decoder::kFewWidths ? kWidth <= 16 || kWidth % 32 == 0
+                          : kSubtiles == 1 || kWidth % 16 == 0 || (kPanels == 1 && kWidth > 64);
   // Calls f with the least such width that is not below `width`, as a constant.
   template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {
