@@ -27,4 +27,25 @@ __device__ __forceinline__ uint4 ScaleWordPairs(uint32_t record, int thread) {
   return ptx::LoadShared128(record + kCodeBytes + RowPair(thread) * 16);
 }
 
+// Of a decoder (formats/mxfp4.cuh) without a table: Decoder::Decode makes eight codes two registers
+// of four E4M3.
+template <typename Decoder>
+struct CodesWithoutTable {
+  static constexpr int kTableBytes = 0;  // none
+  static __device__ __forceinline__ uint8_t TableByte(int) { return 0; }
+
+  struct Tables {};
+  static __device__ __forceinline__ Tables LoadTables(uint32_t, int, uint32_t) { return {}; }
+
+  template <int kPlane>
+  static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread, const Tables&,
+                                                   uint32_t (&a)[4][4]) {
+    const uint4 codes = Codes<kPlane>(record, thread);
+    Decoder::Decode(codes.x, a[2 * kPlane][0], a[2 * kPlane][2]);
+    Decoder::Decode(codes.y, a[2 * kPlane][1], a[2 * kPlane][3]);
+    Decoder::Decode(codes.z, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);
+    Decoder::Decode(codes.w, a[2 * kPlane + 1][1], a[2 * kPlane + 1][3]);
+  }
+};
+
 }  // namespace jax_w4moe
