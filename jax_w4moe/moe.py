@@ -297,9 +297,9 @@ def _as_array(x_scale: Array | float | None) -> Array | None:
 def _per_row(x: Array, x_scale: Array | None, rule: ScaleRule) -> tuple[Array, Array | None]:
     """With one scale per row, so that a batch axis can be folded into rows; or as bf16."""
     if x_scale is not None and isinstance(rule, Per128):
-        scales = jnp.repeat(x_scale, 128, axis=-1) if x_scale.shape[-1:] != (1,) else x_scale
-        values = x.astype(jnp.float32) * scales[..., : x.shape[-1]]
-        return values.astype(jnp.bfloat16), None
+        is_per_128 = x_scale.ndim > 0 and x_scale.shape[-1] > 1
+        scales = jnp.repeat(x_scale, 128, axis=-1)[..., : x.shape[-1]] if is_per_128 else x_scale
+        return (x.astype(jnp.float32) * scales).astype(jnp.bfloat16), None
     if x_scale is None or x_scale.shape == (*x.shape[:-1], 1):
         return x, x_scale
     if x_scale.ndim:

@@ -105,6 +105,9 @@ def test_fp8_tokens_with_a_scale_per_128_values(rng: np.random.Generator) -> Non
     rule = w4.Per128()
     y = w4.fused_moe(x, experts, ids, weights, x_scale=scales, act_scale=rule)
     assert_bitwise(y, w4.fused_moe(bf16, experts, ids, weights, act_scale=rule))
+    y = w4.fused_moe(x, experts, ids, weights, x_scale=0.25, act_scale=rule)
+    quarter = jnp.full((7, 1), 0.25)
+    assert_bitwise(y, w4.fused_moe(x, experts, ids, weights, x_scale=quarter, act_scale=rule))
 
 
 def test_numpy_arrays_are_accepted(layer: Layer) -> None:
