@@ -21,8 +21,9 @@ transformers = pytest.importorskip(
 pytest.importorskip("accelerate", reason="the judge needs accelerate: pip install '.[judge]'")
 pytest.importorskip("flax", reason="the model needs flax: pip install '.[flax]'")
 
-from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn, save_random_gpt_oss
+from jax_w4moe.models import GptOss, GptOssConfig, Yarn, save_random_gpt_oss
 from tests.helpers.compare import relative_rms
+from tests.models.common import greedy_choices, logits_along
 
 pytestmark = pytest.mark.judge
 
@@ -133,22 +134,12 @@ def test_logits_and_greedy_tokens(judge: Judge, act_dtype: str) -> None:
         act_dtype=jnp.dtype(act_dtype),
         implementation="cuda_sm90" if on_gpu else "xla",
     )
-    prompts = jnp.asarray(judge.tokens[:, :PROMPT])
-    runner = Runner(model)
-    cache = runner.init_cache(ROWS, PROMPT + STEPS)
-    lengths = jnp.full(ROWS, PROMPT, jnp.int32)
-    logits, cache = runner.prefill(cache, prompts, lengths)
-    parts = [logits]
-    for step in range(PROMPT, PROMPT + STEPS):
-        logits, cache = runner.decode(cache, jnp.asarray(judge.tokens[:, step]))
-        parts.append(logits)
-    actual, expected = np.stack(parts, axis=1), judge.logits[:, PROMPT - 1 :]
+    actual = logits_along(model, judge.tokens, PROMPT)
+    expected = judge.logits[:, PROMPT - 1 :]
     error = relative_rms(actual, expected)
     print(f"{act_dtype}: relative RMS of logits {error:.2e}")
     assert error <= BOUNDS[act_dtype]
-    best_two = np.sort(expected, axis=-1)[..., -2:]
-    clear = best_two[..., 1] - best_two[..., 0] > 10 * np.sqrt(np.mean((actual - expected) ** 2))
-    same = actual.argmax(-1) == expected.argmax(-1)
+    same, clear = greedy_choices(actual, expected)
     print(f"  of {same.size} greedy tokens {same.sum()} equal, {clear.sum()} by a clear margin")
     assert same[clear].all()
     assert act_dtype == "float8_e4m3fn" or clear.sum() > same.size / 2

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
-from jax_w4moe.models import GptOssConfig, Yarn
+import jax.numpy as jnp
+import numpy as np
+
+from jax_w4moe.models import GptOss, GptOssConfig, Runner, Yarn
 
 CONFIG = GptOssConfig(
     vocab_size=48,
@@ -25,3 +28,24 @@ CONFIG = GptOssConfig(
 
 def config(**changes: Any) -> GptOssConfig:
     return dataclasses.replace(CONFIG, **changes)
+
+
+def logits_along(model: GptOss, tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """f32[B, 1 + S - prompt, V] of i32[B, S]: after the prompt, then after every step."""
+    rows, size = tokens.shape
+    runner = Runner(model)
+    cache = runner.init_cache(rows, size)
+    lengths = jnp.full(rows, prompt, jnp.int32)
+    logits, cache = runner.prefill(cache, jnp.asarray(tokens[:, :prompt]), lengths)
+    parts = [logits]
+    for step in range(prompt, size):
+        logits, cache = runner.decode(cache, jnp.asarray(tokens[:, step]))
+        parts.append(logits)
+    return np.stack(parts, axis=1)
+
+
+def greedy_choices(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the best tokens are the same, and where the margin of the expected one is clear."""
+    best_two = np.sort(expected, axis=-1)[..., -2:]
+    clear = best_two[..., 1] - best_two[..., 0] > 10 * np.sqrt(np.mean((actual - expected) ** 2))
+    return actual.argmax(-1) == expected.argmax(-1), clear

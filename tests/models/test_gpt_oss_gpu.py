@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("flax", reason="needs the extra [flax]")
 pytest.importorskip("safetensors", reason="needs the extra [checkpoint]")
 
-from jax_w4moe.models import GptOss, Runner, save_random_gpt_oss
+from jax_w4moe.models import GptOss, save_random_gpt_oss
 from tests.helpers.compare import assert_bitwise
-from tests.models.common import config
+from tests.models.common import config, greedy_choices, logits_along
 
 pytestmark = pytest.mark.gpu
 
@@ -43,19 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _logits(model: GptOss, tokens: np.ndarray) -> np.ndarray:
-    """f32[B, 1 + STEPS, V]: after the prompt, then after every step over the cache."""
-    runner = Runner(model)
-    cache = runner.init_cache(ROWS, PROMPT + STEPS)
-    lengths = jnp.full(ROWS, PROMPT, jnp.int32)
-    logits, cache = runner.prefill(cache, jnp.asarray(tokens[:, :PROMPT]), lengths)
-    parts = [np.asarray(logits)]
-    for step in range(PROMPT, PROMPT + STEPS):
-        logits, cache = runner.decode(cache, jnp.asarray(tokens[:, step]))
-        parts.append(np.asarray(logits))
-    return np.stack(parts, axis=1)
-
-
 def _error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Relative RMS of a position's logits, that three of four do not exceed."""
     errors = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
@@ -68,16 +55,14 @@ def test_logits_and_greedy_tokens(folder: Path, act_dtype: str, rng: np.random.G
     options = {"dtype": jnp.float32}
     exact = GptOss.from_pretrained(folder, act_dtype=jnp.float32, implementation="xla", **options)
     tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
-    expected = _logits(exact, tokens)
+    expected = logits_along(exact, tokens, PROMPT)
     kernels = GptOss.from_pretrained(
         folder, act_dtype=jnp.dtype(act_dtype), implementation="cuda_sm90", **options
     )
-    actual = _logits(kernels, tokens)
+    actual = logits_along(kernels, tokens, PROMPT)
     error = _error(actual, expected)
     assert error <= BOUNDS[act_dtype]
-    best_two = np.sort(expected, axis=-1)[..., -2:]
-    clear = best_two[..., 1] - best_two[..., 0] > 10 * np.sqrt(np.mean((actual - expected) ** 2))
-    same = actual.argmax(-1) == expected.argmax(-1)
+    same, clear = greedy_choices(actual, expected)
     assert same[clear].all()
     print(f"{act_dtype}: {error:.1e}, {same.sum()} of {same.size} equal, {clear.sum()} clear")
 
@@ -86,18 +71,18 @@ def test_steps_are_repeatable(folder: Path, rng: np.random.Generator) -> None:
     """The same bits in every run, in bf16 with FP8 experts, as a server runs it."""
     tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
     model = GptOss.from_pretrained(folder)
-    first = _logits(model, tokens)
+    first = logits_along(model, tokens, PROMPT)
     for _ in range(3):
-        assert_bitwise(_logits(model, tokens), first)
+        assert_bitwise(logits_along(model, tokens, PROMPT), first)
 
 
 def test_rows_do_not_see_each_other(folder: Path, rng: np.random.Generator) -> None:
     """A row's logits, bit for bit, beside other rows of the same batch size."""
     tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
     model = GptOss.from_pretrained(folder)
-    first = _logits(model, tokens)
+    first = logits_along(model, tokens, PROMPT)
     tokens[1] = rng.integers(0, 160, PROMPT + STEPS)
-    second = _logits(model, tokens)
+    second = logits_along(model, tokens, PROMPT)
     assert_bitwise(second[0], first[0])
     assert not np.array_equal(second[1], first[1])
 
@@ -106,7 +91,11 @@ def test_attention_by_cudnn(folder: Path, rng: np.random.Generator) -> None:
     """Whatever computes attention, the model is the same one."""
     tokens = rng.integers(0, 160, (ROWS, PROMPT + STEPS)).astype(np.int32)
     logits = [
-        _logits(GptOss.from_pretrained(folder, act_dtype=jnp.bfloat16, attention=attention), tokens)
+        logits_along(
+            GptOss.from_pretrained(folder, act_dtype=jnp.bfloat16, attention=attention),
+            tokens,
+            PROMPT,
+        )
         for attention in ("xla", "cudnn")
     ]
     assert _error(logits[1], logits[0]) <= ATTENTION_BOUND
