@@ -88,7 +88,7 @@ def quantize(
         return quantize_per_token(x, rule)
     scale = np.float32(rule.x_scale if before == "w13" else rule.h_scale)
     scaled = x.astype(jnp.float32) * (np.float32(1) / scale)
-    x_fp8 = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    x_fp8 = round_to_e4m3(scaled).astype(jnp.float8_e4m3fn)
     return x_fp8, jnp.full((*x.shape[:-1], 1), scale)
 
 
@@ -123,8 +123,7 @@ def quantize_per_token(
         is_finite = amax_bits < 0x7F800000
         scale = jnp.where(is_finite, _power_of_two(exponent), amax)
         inverse = jnp.where(is_finite, _power_of_two(254 - exponent), inverse)
-    scaled = jnp.clip(values * inverse, -E4M3_MAX, E4M3_MAX)
-    return scaled.astype(jnp.float8_e4m3fn), scale
+    return round_to_e4m3(values * inverse).astype(jnp.float8_e4m3fn), scale
 
 
 def round_per_128(x: Float[Array, "*rows H"]) -> Float32[Array, "*rows H"]:
@@ -164,12 +163,21 @@ def fold_scales(
     largest = jnp.max(x_scale, axis=-1, keepdims=True)
     ratio = jnp.where(largest == 0, 0.0, x_scale / jnp.where(largest == 0, 1.0, largest))
     factors = jnp.repeat(ratio, 128, axis=-1)[..., : x.shape[-1]]
-    return (x.astype(jnp.float32) * factors).astype(jnp.float8_e4m3fn), largest
+    folded = round_to_e4m3(x.astype(jnp.float32) * factors)
+    return folded.astype(jnp.float8_e4m3fn), largest
 
 
 def round_to_bf16(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """Rounds to bf16, staying in f32. XLA drops a conversion there and back; this it must keep."""
     return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+
+
+def round_to_e4m3(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Rounds to E4M3, to nearest even and saturating, staying in f32, as :func:`round_to_bf16`."""
+    clipped = jnp.clip(values, -E4M3_MAX, E4M3_MAX)
+    normal = jax.lax.reduce_precision(clipped, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(clipped * 2.0**9) * 2.0**-9
+    return jnp.where(jnp.abs(clipped) < 2.0**-6, subnormal, normal)
 
 
 def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:

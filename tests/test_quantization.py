@@ -42,6 +42,25 @@ def test_inverse_is_the_correctly_rounded_division() -> None:
     np.testing.assert_array_equal(actual, np.float32(448) / amax)
 
 
+def test_rounding_to_e4m3_stays_when_compiled() -> None:
+    """Every bf16, and what lies between E4M3's neighbours: a conversion there and back may go."""
+    e4m3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middle = (e4m3[1:] + e4m3[:-1]) / 2
+    edges = np.concatenate([middle, np.nextafter(middle, 0), np.nextafter(middle, np.float32(448))])
+    every = (np.arange(1 << 16).astype(np.uint32) << 16).view(np.float32)
+    values = np.concatenate([every, edges, -edges])
+    expected = np.clip(values, np.float32(-448), np.float32(448))
+    with np.errstate(invalid="ignore"):  # NaN
+        expected = expected.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    for run in (quantization.round_to_e4m3, jax.jit(quantization.round_to_e4m3)):
+        actual = np.asarray(run(jnp.asarray(values)))
+        assert_bitwise(np.isnan(actual), np.isnan(expected))
+        assert_bitwise(np.nan_to_num(actual), np.nan_to_num(expected))
+    rows = jnp.asarray(every[np.isfinite(every)].reshape(-1, 128), jnp.bfloat16)
+    there_and_back = jax.jit(lambda x: quantize_per_token(x)[0].astype(jnp.float32))(rows)
+    assert_bitwise(there_and_back, np.asarray(quantize_per_token(rows)[0]).astype(np.float32))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 3e4])
 def test_intermediate_is_rounded_to_bf16_before_fp8(rng: np.random.Generator, scale: float) -> None:
     """Compiled, where XLA would leave out a plain conversion to bf16 and back."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32, Int32, Shaped, UInt8, UInt32
 
 from jax_w4moe.formats.base import WeightFormat, register
 from jax_w4moe.formats.mxfp4 import MXFP4, e2m1_codes, e2m1_values
+from jax_w4moe.quantization import round_to_e4m3
 
 _GROUPS = 8  # in a K-block of 128
 _LARGEST_CODE = 6.0
@@ -57,7 +58,7 @@ class Nvfp4(WeightFormat):
         row = jnp.maximum(largest / (_LARGEST_CODE * _LARGEST_SCALE), _SMALLEST_NORMAL)
         row = jnp.where(largest == 0, 1.0, row)
         scales = jnp.clip(amax / _LARGEST_CODE / row, _SMALLEST_SCALE, _LARGEST_SCALE)
-        scales = jnp.where(amax == 0, 1.0, _e4m3(scales))
+        scales = jnp.where(amax == 0, 1.0, round_to_e4m3(scales))
         factors = (scales * row)[..., None]
         codes = e2m1_codes(groups / factors).reshape(weights.shape)
         return codes, jnp.concatenate([row, scales], axis=-1)
@@ -77,7 +78,7 @@ class Nvfp4(WeightFormat):
         row, own = scales[..., :1], scales[..., 1:]
         live = jnp.any((codes & 7).reshape(*own.shape, self.group_size) != 0, axis=-1)
         is_row = (jnp.abs(row) >= _SMALLEST_NORMAL) & jnp.isfinite(row)
-        legal = (_e4m3(own) == own) & (jnp.abs(own) <= _LARGEST_SCALE) & is_row
+        legal = (round_to_e4m3(own) == own) & (jnp.abs(own) <= _LARGEST_SCALE) & is_row
         held = jnp.where(live & legal, own, 0.0).astype(jnp.float8_e4m3fn)
         bits = jax.lax.bitcast_convert_type(held, jnp.uint8).astype(jnp.uint32)
         fours = bits.reshape(*bits.shape[:-1], -1, 2, 4)
@@ -115,11 +116,6 @@ class Nvfp4(WeightFormat):
             f"the row's scale is {row} and its groups' are {own}, need a normal f32 and numbers"
             " that E4M3 holds, at most 448; quantise this row again"
         )
-
-
-def _e4m3(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """Rounded to E4M3."""
-    return values.astype(jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 NVFP4 = register(Nvfp4())
