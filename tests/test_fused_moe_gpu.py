@@ -11,6 +11,7 @@ import pytest
 import jax_w4moe as w4
 from jax_w4moe import _ffi, reference
 from jax_w4moe.bench.shapes import SHAPES
+from jax_w4moe.formats import formats
 from jax_w4moe.ops import fused_moe as op
 from jax_w4moe.ops import tiles
 from jax_w4moe.ops.experts import attributes, or_nothing
@@ -93,6 +94,43 @@ def test_few_pairs_are_planned_alike(shape: tuple[int, int, int, int], kind: str
         assert_bitwise(kernel(x[rows], experts, ids[rows], weights[rows]), everything[rows])
     nowhere = jnp.full_like(ids[:3], -1)
     assert not as_float64(kernel(x[:3], experts, nowhere, weights[:3])).any()
+
+
+@pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("format", formats(), ids=lambda f: f.name)
+def test_one_token_alone(format: w4.WeightFormat, act_dtype: jnp.dtype) -> None:
+    """Its rows are made by the CTAs that multiply them; bit for bit what they are among others."""
+    shape = (1408, 512, 9, 7) if format.group_size == 128 else (1312, 416, 9, 7)
+    experts = data.packed_experts(shape, bias=True, format=format)
+    x, ids, weights = _tokens(shape, 12)
+    ids = np.array(ids)
+    ids[1, 2:5], ids[2] = (-1, 9, 3), 3  # no experts; the same one seven times
+    x = x.at[3, 7].set(jnp.nan).at[4].set(0)
+    rules = [w4.PerToken(), w4.PerToken(pow2=True), w4.Static(0.01, 0.25), w4.Per128()]
+    for rule in rules if act_dtype == jnp.float8_e4m3fn else rules[:1]:
+        run = functools.partial(kernel, act_dtype=act_dtype, act_scale=rule)
+        together = np.asarray(run(x, experts, ids, weights))
+        for t in range(6):
+            row = slice(t, t + 1)
+            alone = np.asarray(run(x[row], experts, ids[row], weights[row]))
+            assert_bitwise(np.isnan(as_float64(alone)), np.isnan(as_float64(together[row])))
+            assert_bitwise(
+                np.nan_to_num(as_float64(alone)), np.nan_to_num(as_float64(together[row]))
+            )
+        assert not np.isnan(as_float64(together)).any(axis=1)[:3].any()
+
+
+@pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=str)
+def test_one_wide_token_alone(act_dtype: jnp.dtype) -> None:
+    """As many K128 as a CTA holds of a token (72, and 48 of bf16), and one more."""
+    blocks = 72 if act_dtype == jnp.float8_e4m3fn else 48
+    for hidden in (128 * blocks, 128 * blocks + 32):
+        shape = (hidden, 64, 3, 2)
+        experts = data.packed_experts(shape)
+        x, ids, weights = _tokens(shape, 3)
+        together = kernel(x, experts, ids, weights, act_dtype=act_dtype)
+        alone = kernel(x[:1], experts, ids[:1], weights[:1], act_dtype=act_dtype)
+        assert_bitwise(alone, together[:1])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 33])

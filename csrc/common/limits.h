@@ -10,6 +10,10 @@ inline constexpr int kCodeBytes = kRecordRows * kRecordK / 2;
 
 inline constexpr int kMinTileTokens = 64;  // of the grouped GEMM's tiles, at most
 
+// K128 of a token that a CTA can hold as a whole (kernels/one_token.cuh).
+template <int kPanels>
+inline constexpr int kOneTokenBlocks = kPanels == 2 ? 48 : 72;
+
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxGroupedRows = 1 << 24;  // of expert_mlp and grouped_matmul

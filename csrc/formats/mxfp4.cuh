@@ -3,7 +3,7 @@
 // The byte map is docs/layout.md; jax_w4moe/formats/{layout,mxfp4}.py write it. A decoder has:
 //   kTableBytes, TableByte   a table in shared memory, and its bytes
 //   Tables, LoadTables       what a thread keeps of it for a record
-//   LoadPlane                the A fragments of one of a record's two planes
+//   DecodePlane              the A fragments of one of a record's two planes, from its codes
 //   kFewWidths               few widths of tiles are compiled: long code that is rarely used
 //   kGroups                  groups of K with a scale each: 1, 4 of an instruction, 8 of half a one
 //   Scales, LoadScales       what a thread keeps of the scales of rows g and g + 8
@@ -47,12 +47,10 @@ struct Mxfp4 {
             ptx::LoadShared64(table + (words.y >> shift & 0x78))};
   }
 
-  // Instructions (m64k32 each) 2 kPlane and 2 kPlane + 1 of a record, for thread `thread` of the
-  // warpgroup.
+  // Instructions (m64k32 each) 2 kPlane and 2 kPlane + 1 of a record.
   template <int kPlane>
-  static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread,
-                                                   const Tables& tables, uint32_t (&a)[4][4]) {
-    const uint4 codes = Codes<kPlane>(record, thread);
+  static __device__ __forceinline__ void DecodePlane(uint4 codes, const Tables& tables,
+                                                     uint32_t (&a)[4][4]) {
     Decode(codes.x, tables.low, a[2 * kPlane][0], a[2 * kPlane][2]);
     Decode(codes.y, tables.high, a[2 * kPlane][1], a[2 * kPlane][3]);
     Decode(codes.z, tables.low, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);

@@ -38,9 +38,8 @@ struct CodesWithoutTable {
   static __device__ __forceinline__ Tables LoadTables(uint32_t, int, uint32_t) { return {}; }
 
   template <int kPlane>
-  static __device__ __forceinline__ void LoadPlane(uint32_t record, int thread, const Tables&,
-                                                   uint32_t (&a)[4][4]) {
-    const uint4 codes = Codes<kPlane>(record, thread);
+  static __device__ __forceinline__ void DecodePlane(uint4 codes, const Tables&,
+                                                     uint32_t (&a)[4][4]) {
     Decoder::Decode(codes.x, a[2 * kPlane][0], a[2 * kPlane][2]);
     Decoder::Decode(codes.y, a[2 * kPlane][1], a[2 * kPlane][3]);
     Decoder::Decode(codes.z, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);

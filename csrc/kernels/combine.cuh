@@ -15,12 +15,26 @@ inline constexpr int kCombineThreads = 128;
 inline constexpr int kCombineColumns = 8;  // of a thread: 16 bytes
 inline constexpr int kCombineAhead = 8;    // slot rows in flight
 
+// Where the slots of pairs lie: as a table says, or those of one token in their own order.
+struct PlacesOfTable {
+  const Place* table;
+  __device__ __forceinline__ Place At(int64_t pair) const { return table[pair]; }
+};
+struct PlacesOfOneToken {
+  const int* expert_ids;
+  int num_experts;
+  __device__ __forceinline__ Place At(int64_t pair) const {
+    const int id = expert_ids[pair];
+    return {static_cast<int>(pair), id >= 0 && id < num_experts ? 0 : -1};
+  }
+};
+
 // One block per token and kCombineThreads * kCombineColumns columns; hidden_size is a multiple of
 // 32. A slot without an expert adds nothing, whatever its weight.
+template <typename Places>
 __global__ void __launch_bounds__(kCombineThreads)
-    CombineSlots(const __nv_bfloat16* slots, const Place* places,
-                 const float* __restrict__ topk_weights, int top_k, int hidden_size,
-                 __nv_bfloat16* __restrict__ y) {
+    CombineSlots(const __nv_bfloat16* slots, Places places, const float* __restrict__ topk_weights,
+                 int top_k, int hidden_size, __nv_bfloat16* __restrict__ y) {
   const int64_t token = blockIdx.x;
   const int column = (blockIdx.y * kCombineThreads + threadIdx.x) * kCombineColumns;
   ptx::WaitForPrecedingKernels();
@@ -33,7 +47,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 #pragma unroll
     for (int i = 0; i < kCombineAhead; ++i) {
       const int64_t pair = token * top_k + first + i;
-      const Place place = first + i < top_k ? places[pair] : Place{0, -1};
+      const Place place = first + i < top_k ? places.At(pair) : Place{0, -1};
       live[i] = place.phase >= 0;
       if (!live[i]) continue;
       weights[i] = topk_weights[pair];

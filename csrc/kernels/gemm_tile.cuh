@@ -15,7 +15,8 @@ namespace jax_w4moe {
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
 // Decoder_: of formats/; Activations_: of mainloop/activations.cuh; kMaxStages: or one less, where
-// a format's records are too large.
+// a format's records are too large. A tile of one sub-tile of 8 is for one token, which stays in
+// shared memory as a whole (kernels/one_token.cuh); the stages have weights alone.
 template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,
           int kWarpgroups_, int kMaxStages>
 struct GroupedGemmTile {
@@ -27,7 +28,8 @@ struct GroupedGemmTile {
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kTokens = kSubtiles * kMaxWidth;
   static constexpr int kThreads = 128 * kWarpgroups + 128;
-  static_assert(kTokens >= kMinTileTokens, "the plan has room for that many tiles only");
+  static constexpr bool kIsOneToken = kTokens == 8;
+  static_assert(kIsOneToken || kTokens >= kMinTileTokens, "a plan has room for that many only");
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
   // Shared memory.
@@ -40,10 +42,16 @@ struct GroupedGemmTile {
   // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
   // the one being finished and the one being announced.
   static constexpr int Items(int stages) { return stages + 2; }
+  static constexpr int kMaximaBytes = kIsOneToken ? 16 * kWarpgroups : 0;  // of warps
+  static constexpr int TokensBytes(int stages) {
+    return (kIsOneToken ? kOneTokenBlocks<kPanels> : stages) * kTokenBytes;
+  }
   static constexpr int SharedBytes(int stages) {
-    return stages * (kTokenBytes + kWeightBytes) + kWarpgroups * (kStagingBytes + 2 * kScaleBytes) +
-           Decoder::kTableBytes + Items(stages) * static_cast<int>(sizeof(WorkItem)) +
-           kWarpgroups * static_cast<int>(sizeof(StoreJob)) + 16 * (stages + kWarpgroups);
+    return TokensBytes(stages) + stages * kWeightBytes +
+           kWarpgroups * (kStagingBytes + 2 * kScaleBytes) + Decoder::kTableBytes +
+           Items(stages) * static_cast<int>(sizeof(WorkItem)) +
+           kWarpgroups * static_cast<int>(sizeof(StoreJob)) + 16 * (stages + kWarpgroups) +
+           kMaximaBytes;
   }
   static constexpr int kStages =
       SharedBytes(kMaxStages) <= kMaxSharedBytes ? kMaxStages : kMaxStages - 1;
@@ -51,7 +59,7 @@ struct GroupedGemmTile {
   static constexpr int kSharedBytes = SharedBytes(kStages);
   static_assert(kSharedBytes <= kMaxSharedBytes, "the tile does not fit");
 
-  static constexpr int kWeightsAt = kStages * kTokenBytes;
+  static constexpr int kWeightsAt = TokensBytes(kStages);
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
   static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
@@ -59,7 +67,8 @@ struct GroupedGemmTile {
   static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
   static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
   static_assert(kItemsAt % 16 == 0, "items are aligned");
-  static_assert(kBarriersAt + 16 * (kStages + kWarpgroups) == kSharedBytes, "nothing else");
+  static constexpr int kMaximaAt = kBarriersAt + 16 * (kStages + kWarpgroups);
+  static_assert(kMaximaAt + kMaximaBytes == kSharedBytes, "nothing else");
 
   // The widths that sub-tiles are compiled for, of the multiples of 8: all of a single sub-tile,
   // and with FP8 all of the large ones, else every other. Two have enough to do from 32 on.
@@ -83,5 +92,9 @@ struct GroupedGemmTile {
   }
   static_assert(kIsCompiled<kMaxWidth>, "or a full sub-tile has none");
 };
+
+template <typename Decoder, typename Activations>
+using OneTokenTile =
+    GroupedGemmTile<Decoder, Activations, 1, 8, 3, Activations::kPanels == 1 ? 8 : 7>;
 
 }  // namespace jax_w4moe

@@ -16,6 +16,7 @@
 #include "epilogue/epilogue.cuh"
 #include "kernels/gemm_tile.cuh"
 #include "kernels/load_items.cuh"
+#include "kernels/one_token.cuh"
 #include "mainloop/wgmma.cuh"
 
 namespace jax_w4moe {
@@ -30,13 +31,6 @@ inline constexpr int kReleasingLanes = 1;
 
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
-// Calls f with 0 to kGroups - 1 as constants.
-template <int kGroups, int kGroup = 0, typename F>
-__device__ __forceinline__ void ForEachGroup(const F& f) {
-  f(std::integral_constant<int, kGroup>{});
-  if constexpr (kGroup + 1 < kGroups) ForEachGroup<kGroups, kGroup + 1>(f);
-}
-
 // A warp that stores what its warpgroup stages.
 __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile const StoreJob& job,
                                            uint32_t staging, uint32_t staged, uint32_t drained) {
@@ -50,8 +44,11 @@ __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile co
 }
 
 template <typename Tile>
+using GemmParams = std::conditional_t<Tile::kIsOneToken, OneTokenParams, GroupedGemmParams>;
+
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    GroupedGemm(const __grid_constant__ GroupedGemmParams p,
+    GroupedGemm(const __grid_constant__ GemmParams<Tile> p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
   using Activations = typename Tile::Activations;
@@ -117,13 +114,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   // Of the tiles that this warpgroup has finished, whether they are odd: scales have two places,
   // since a thread may begin the next tile while another still reads this one's.
   uint32_t odd = 0;
+  [[maybe_unused]] OneTokenRow<Tile> row(p, tokens);
+  if constexpr (Tile::kIsOneToken) {
+    if (p.is_first) row.Take(0);
+  }
   for (int slot = 0;; slot = slot + 1 == Tile::kItems ? 0 : slot + 1) {
     ptx::BarrierWait(full + 8 * stage, parity);
     volatile WorkItem& item = items[slot];  // registers are scarce
     const uint32_t scales = tokens + Tile::kScalesAt + (2 * warpgroup + odd) * Tile::kScaleBytes;
-    const float* row_scale = p.row_scale + item.first_row;
-    for (int t = thread, live = item.live; t < live; t += 128) {
-      ptx::CopyAsync4(scales + t * 4, row_scale + t);
+    if constexpr (Tile::kIsOneToken) {
+      if (item.live > 0 && !p.is_first) row.Take(item.first_row);
+      if (thread == 0) ptx::StoreShared32(scales, __float_as_uint(row.scale));
+    } else {
+      const float* row_scale = p.row_scale + item.first_row;
+      for (int t = thread, live = item.live; t < live; t += 128) {
+        ptx::CopyAsync4(scales + t * 4, row_scale + t);
+      }
     }
     // One value for all decisions, known to be uniform from after the last divergent branch on:
     // else the ring's stage is not, and every descriptor of WGMMA goes through vector registers.
@@ -141,9 +147,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     Tile::WithWidth(width, [&](auto width) {
       constexpr int kWidth = decltype(width)::value, kSubtiles = Tile::kSubtiles;
-      float acc[kSubtiles][kWidth / 2], partial[kWidth / 2];
-      uint32_t a[2][4][4];
-      typename Decoder::Tables tables;
+      float acc[kSubtiles][kWidth / 2];
 #pragma unroll
       for (int n = 0; n < kSubtiles; ++n) {
 #pragma unroll
@@ -152,60 +156,76 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       auto record_at = [&](int at) {
         return weights + at * Tile::kWeightBytes + warpgroup * Tile::kRecordBytes;
       };
-      auto load_first = [&](uint32_t (&fragments)[4][4]) {
-        ptx::BarrierWait(full + 8 * stage, parity);
-        tables = Decoder::LoadTables(record_at(stage), thread, table);
-        Decoder::template LoadPlane<0>(record_at(stage), thread, tables, fragments);
-      };
-      auto load_second = [&](uint32_t (&fragments)[4][4]) {
-        Decoder::template LoadPlane<1>(record_at(stage), thread, tables, fragments);
-      };
-      auto load_all = [&](uint32_t (&fragments)[4][4]) {
-        load_first(fragments);
-        load_second(fragments);
-      };
-      auto token_tile = [&](int at, int first) {
-        return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
-      };
-      typename Decoder::Scales scale;
-      auto promote = [&](float (&to)[kWidth / 2], int group) {
+      if constexpr (Tile::kIsOneToken) {
+        int used = 0;
+        auto take = [&] {
+          ptx::BarrierWait(full + 8 * stage, parity);
+          used = stage;
+          advance();
+          return record_at(used);
+        };
+        MultiplyOneToken<Tile>(acc[0], p.weights.k_blocks, first_tile, thread, table, take,
+                               [&] { release(used); });
+      } else {
+        float partial[kWidth / 2];
+        uint32_t a[2][4][4];
+        typename Decoder::Tables tables;
+        auto load_first = [&](uint32_t (&fragments)[4][4]) {
+          ptx::BarrierWait(full + 8 * stage, parity);
+          tables = Decoder::LoadTables(record_at(stage), thread, table);
+          Decoder::template DecodePlane<0>(Codes<0>(record_at(stage), thread), tables, fragments);
+        };
+        auto load_second = [&](uint32_t (&fragments)[4][4]) {
+          Decoder::template DecodePlane<1>(Codes<1>(record_at(stage), thread), tables, fragments);
+        };
+        auto load_all = [&](uint32_t (&fragments)[4][4]) {
+          load_first(fragments);
+          load_second(fragments);
+        };
+        auto token_tile = [&](int at, int first) {
+          return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
+        };
+        typename Decoder::Scales scale;
+        auto promote = [&](float (&to)[kWidth / 2], int group) {
 #pragma unroll
-        for (int j = 0; j < kWidth / 2; ++j) {
-          to[j] = fmaf(partial[j], Decoder::Scale(scale, group, j / 2 % 2), to[j]);
-        }
-      };
-      // One K128, decoded into `now`; the next is decoded into `next` while the products run.
-      // Nothing is read from shared memory between a product's end and the next one's issue:
-      // beside WGMMA's own reads that takes long.
-      auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
-        const int used = stage;
-        advance();
+          for (int j = 0; j < kWidth / 2; ++j) {
+            to[j] = fmaf(partial[j], Decoder::Scale(scale, group, j / 2 % 2), to[j]);
+          }
+        };
+        // One K128, decoded into `now`; the next is decoded into `next` while the products run.
+        // Nothing is read from shared memory between a product's end and the next one's issue:
+        // beside WGMMA's own reads that takes long.
+        auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
+          const int used = stage;
+          advance();
 #pragma unroll
-        for (int n = 0; n < kSubtiles; ++n) {
-          ForEachGroup<Decoder::kGroups>([&](auto group) {
-            constexpr int kGroup = decltype(group)::value;
-            constexpr bool kIsLast = kGroup + 1 == Decoder::kGroups;
-            Multiply<Activations, kWidth, Decoder::kGroups, kGroup>(
-                partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
-            if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
-            if constexpr (kSubtiles * Decoder::kGroups == 1) {
-              if (more) load_all(next);  // one branch, in which all loads are on their way at once
-            } else {
-              if (n == 0 && kGroup == 0 && more) load_first(next);
-              if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
-            }
-            WaitForProducts(partial);
-            if (n + 1 == kSubtiles && kIsLast) release(used);
-            promote(acc[n], kGroup);
-          });
+          for (int n = 0; n < kSubtiles; ++n) {
+            ForEachGroup<Decoder::kGroups>([&](auto group) {
+              constexpr int kGroup = decltype(group)::value;
+              constexpr bool kIsLast = kGroup + 1 == Decoder::kGroups;
+              Multiply<Activations, kWidth, Decoder::kGroups, kGroup>(
+                  partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
+              if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
+              if constexpr (kSubtiles * Decoder::kGroups == 1) {
+                if (more)
+                  load_all(next);  // one branch, in which all loads are on their way at once
+              } else {
+                if (n == 0 && kGroup == 0 && more) load_first(next);
+                if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
+              }
+              WaitForProducts(partial);
+              if (n + 1 == kSubtiles && kIsLast) release(used);
+              promote(acc[n], kGroup);
+            });
+          }
+        };
+        load_all(a[0]);
+        for (int k = p.weights.k_blocks;; k -= 2) {
+          step(a[0], a[1], k > 1);
+          if (k == 1) break;
+          step(a[1], a[0], k > 2);
+          if (k == 2) break;
         }
-      };
-      load_all(a[0]);
-      for (int k = p.weights.k_blocks;; k -= 2) {
-        step(a[0], a[1], k > 1);
-        if (k == 1) break;
-        step(a[1], a[0], k > 2);
-        if (k == 2) break;
       }
       EpilogueTile tile{ptx::FreshThreadIndex() % 128,
                         item.expert,

@@ -2,9 +2,13 @@
 // the ring of stages.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 #include "common/limits.h"
+#include "common/scale_rule.h"
+#include "formats/formats.h"
 #include "ptx/sm90.cuh"
 #include "schedule/items.cuh"
 
@@ -19,6 +23,20 @@ struct Records {
   __device__ __forceinline__ const uint8_t* Slab(int expert, int slab, int record_bytes) const {
     return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * record_bytes);
   }
+};
+
+// One token: every slot of it is a tile of one row, for which no plan, image or row scales are
+// needed. The row with the number of the slot is the slot's.
+struct OneTokenParams {
+  Records weights;
+  const int* expert_ids;  // [num_slots], complete before the preceding kernel began
+  int num_slots;          // at most 32
+  int num_experts;
+  const __nv_bfloat16* rows;  // x, the row of all slots, or h: [num_slots, width]
+  int width;
+  bool is_first;  // of an op's kernels: those before it are other ops'; `rows` is x
+  KOrder order;
+  ScaleRule rule;
 };
 
 struct GroupedGemmParams {
@@ -147,6 +165,62 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   ptx::BarrierWait(empty + 8 * stage, parity);
   if (lane == 0) {
     Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
+    ptx::BarrierArrive(full + 8 * stage);
+  }
+}
+
+// The same for one token: the weights alone, which wait for no other kernel.
+template <typename Tile>
+__device__ __forceinline__ void LoadItems(const OneTokenParams& p, uint32_t shared,
+                                          volatile WorkItem* items) {
+  constexpr int kStages = Tile::kStages, kRecordBytes = Tile::kRecordBytes;
+  const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
+  const int lane = threadIdx.x % 32;
+  const int id = lane < p.num_slots ? p.expert_ids[lane] : -1;
+  const bool valid = id >= 0 && id < p.num_experts;
+  const unsigned slots = __ballot_sync(~0u, valid);
+  const int rank = __popc(slots & ((1u << lane) - 1));
+  const RowTiles rows(p.weights.row_blocks, Tile::kWarpgroups, __popc(slots), gridDim.x);
+  const int num_items = __popc(slots) * rows.count;
+  __syncthreads();          // the barriers are there
+  ptx::LaunchDependents();  // they wait for all of this kernel
+
+  const uint32_t to = shared + Tile::kWeightsAt + lane * kRecordBytes;
+  int stage = 0, at = 0;
+  uint32_t parity = 1;
+  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+    const int tile = i / rows.count;
+    const int slot = __ffs(__ballot_sync(~0u, valid && rank == tile)) - 1;
+    WorkItem item;
+    item.expert = __shfl_sync(~0u, id, slot);
+    item.first_slab = (i - tile * rows.count) * rows.group;
+    item.slabs = min(rows.group, rows.row_blocks - item.first_slab);
+    item.first_row = slot;
+    item.live = 1;
+    item.width = Tile::kMinWidth;
+    const uint8_t* from = p.weights.Slab(item.expert, item.first_slab + lane, kRecordBytes);
+    for (int k = 0; k < p.weights.k_blocks; ++k) {
+      ptx::BarrierWait(empty + 8 * stage, parity);
+      if (lane == 0) {
+        if (k == 0) Announce(items[at], item);
+        ptx::BarrierArriveExpect(full + 8 * stage, item.slabs * kRecordBytes);
+      }
+      __syncwarp();
+      if (lane < item.slabs) {
+        ptx::BulkCopy(to + stage * Tile::kWeightBytes, from, kRecordBytes, full + 8 * stage,
+                      ptx::kEvictFirst);
+      }
+      from += kRecordBytes;
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    at = at + 1 == Tile::kItems ? 0 : at + 1;
+  }
+  ptx::BarrierWait(empty + 8 * stage, parity);
+  if (lane == 0) {
+    Announce(items[at], {0, 0, 0, 0, 0, kNoMoreItems});
     ptx::BarrierArrive(full + 8 * stage);
   }
 }

@@ -1,4 +1,6 @@
 // The launches of experts.h: w13 with SwiGLU, requantise, w2.
+#include <algorithm>
+
 #include "launch/experts.h"
 #include "launch/grouped_gemm.h"
 #include "launch/token_image.h"
@@ -20,29 +22,77 @@ ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& 
       h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
+namespace {
+
+Records W13(const Experts& e) {
+  return {static_cast<const uint8_t*>(e.w13), static_cast<int>(e.w13_row_blocks),
+          static_cast<int>(e.w13_k_blocks)};
+}
+
+Records W2(const Experts& e) {
+  return {static_cast<const uint8_t*>(e.w2), static_cast<int>(e.w2_row_blocks),
+          static_cast<int>(e.w2_k_blocks)};
+}
+
+Epilogue FirstEpilogue(const Experts& e, const ExpertsWorkspace& ws, __nv_bfloat16* out) {
+  return {EpilogueKind::kGated,
+          Gated{ws.h, e.w13_bias, static_cast<int>(e.w13_row_blocks), e.activation},
+          ScaledStore{out, e.w2_bias, static_cast<int>(e.hidden_size), false}};
+}
+
+}  // namespace
+
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
                           cudaStream_t stream) {
   int num_sms = 0;
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
-  const Records w13{static_cast<const uint8_t*>(e.w13), static_cast<int>(e.w13_row_blocks),
-                    static_cast<int>(e.w13_k_blocks)};
-  const Records w2{static_cast<const uint8_t*>(e.w2), static_cast<int>(e.w2_row_blocks),
-                   static_cast<int>(e.w2_k_blocks)};
-  Epilogue epilogue{EpilogueKind::kGated, Gated{ws.h, e.w13_bias, w13.row_blocks, e.activation},
-                    ScaledStore{out, e.w2_bias, static_cast<int>(e.hidden_size), false}};
+  Epilogue epilogue = FirstEpilogue(e, ws, out);
   LaunchGroupedGemm(e.operands, e.tile_tokens,
-                    GroupedGemmParams{w13, ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
+                    GroupedGemmParams{W13(e), ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
                     epilogue, num_sms, stream);
-  LaunchRequantize(Rows{ws.h, nullptr, w13.row_blocks * 32, e.operands, e.h_rule}, num_rows,
-                   ws.row_phase, ws.h_image, stream);
+  LaunchRequantize(
+      Rows{ws.h, nullptr, static_cast<int>(e.w13_row_blocks) * 32, e.operands, e.h_rule}, num_rows,
+      ws.row_phase, ws.h_image, stream);
   epilogue.kind = EpilogueKind::kStore;
   LaunchGroupedGemm(e.operands, e.tile_tokens,
-                    GroupedGemmParams{w2, ws.h_image.data, ws.h_image.row_scale, ws.plan,
+                    GroupedGemmParams{W2(e), ws.h_image.data, ws.h_image.row_scale, ws.plan,
                                       ws.h_image.num_rows, 1, true, FewPairs{}},
                     epilogue, num_sms, stream);
+  return cudaGetLastError();
+}
+
+bool TakesOneToken(const Experts& e) {
+  return std::max(e.w13_k_blocks, e.w2_k_blocks) <=
+         (e.operands.is_bf16 ? kOneTokenBlocks<2> : kOneTokenBlocks<1>);
+}
+
+cudaError_t LaunchExpertsOfOneToken(const Experts& e, const ExpertsWorkspace& ws, const void* x,
+                                    const int* topk_ids, int top_k, __nv_bfloat16* out,
+                                    cudaStream_t stream) {
+  int num_sms = 0;
+  const cudaError_t status = NumSms(&num_sms);
+  if (status != cudaSuccess) return status;
+  OneTokenParams params{W13(e),
+                        topk_ids,
+                        top_k,
+                        static_cast<int>(e.num_experts),
+                        static_cast<const __nv_bfloat16*>(x),
+                        static_cast<int>(e.hidden_size),
+                        true,
+                        e.operands.KOrder(),
+                        e.x_rule};
+  Epilogue epilogue = FirstEpilogue(e, ws, out);
+  LaunchOneTokenGemm(e.operands, params, epilogue, num_sms, stream);
+  params.weights = W2(e);
+  params.rows = ws.h;
+  params.width = static_cast<int>(e.w13_row_blocks) * 32;
+  params.is_first = false;
+  params.rule = e.h_rule;
+  epilogue.kind = EpilogueKind::kStore;
+  LaunchOneTokenGemm(e.operands, params, epilogue, num_sms, stream);
   return cudaGetLastError();
 }
 

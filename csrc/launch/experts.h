@@ -52,4 +52,13 @@ cudaError_t LaunchExperts(const Experts& experts, const ExpertsWorkspace& worksp
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
                           cudaStream_t stream);
 
+// Whether LaunchExpertsOfOneToken can do it.
+bool TakesOneToken(const Experts& experts);
+
+// The same for one token of `top_k` slots, from x bf16[H] to out bf16[top_k, H] by slot. These are
+// the first launches of an op.
+cudaError_t LaunchExpertsOfOneToken(const Experts& experts, const ExpertsWorkspace& workspace,
+                                    const void* x, const int* topk_ids, int top_k,
+                                    __nv_bfloat16* out, cudaStream_t stream);
+
 }  // namespace jax_w4moe

@@ -32,31 +32,61 @@ struct Workspace {
         slots(arena.Take<__nv_bfloat16>(rows * p.experts.hidden_size)) {}
 };
 
-cudaError_t LaunchChunk(const FusedMoeParams& p, const Workspace& ws, int64_t first, int num_tokens,
-                        cudaStream_t stream) {
-  const int top_k = static_cast<int>(p.top_k), hidden = static_cast<int>(p.experts.hidden_size);
-  const int num_pairs = num_tokens * top_k;
-  const int bytes_per_token = hidden * (p.x_scale ? 1 : 2);
-  LaunchRoute(
-      Rows{static_cast<const uint8_t*>(p.x) + first * bytes_per_token,
-           p.x_scale ? p.x_scale + first : nullptr, hidden, p.experts.operands, p.experts.x_rule},
-      num_tokens,
-      Routing{p.topk_ids + first * top_k, top_k, static_cast<int>(p.experts.num_experts),
-              static_cast<int>(p.experts.tile_tokens), ws.block_counts, ws.experts.plan, ws.places,
-              ws.experts.row_phase},
-      ws.experts.x, stream);
-  FewPairs few{};
-  if (num_pairs <= kFewPairs) {
-    few = {p.topk_ids + first * top_k, num_pairs, static_cast<int>(p.experts.num_experts)};
-  }
-  const cudaError_t status = LaunchExperts(p.experts, ws.experts, num_pairs,
-                                           CountedBlocks(num_pairs) > 0, few, ws.slots, stream);
-  if (status != cudaSuccess) return status;
+// A chunk of tokens: where it begins.
+struct Chunk {
+  const uint8_t* x;
+  const float* x_scale;  // or null
+  const int* topk_ids;
+  const float* topk_weights;
+  __nv_bfloat16* y;
+  int num_tokens;
+
+  Chunk(const FusedMoeParams& p, int64_t first, int num_tokens)
+      : x(static_cast<const uint8_t*>(p.x) + first * p.experts.hidden_size * (p.x_scale ? 1 : 2)),
+        x_scale(p.x_scale ? p.x_scale + first : nullptr),
+        topk_ids(p.topk_ids + first * p.top_k),
+        topk_weights(p.topk_weights + first * p.top_k),
+        y(static_cast<__nv_bfloat16*>(p.y) + first * p.experts.hidden_size),
+        num_tokens(num_tokens) {}
+};
+
+template <typename Places>
+cudaError_t LaunchCombine(const Experts& e, const Workspace& ws, const Chunk& chunk, int top_k,
+                          const Places& places, cudaStream_t stream) {
+  const int hidden = static_cast<int>(e.hidden_size);
   constexpr int kColumns = kCombineThreads * kCombineColumns;
-  LaunchDependent(CombineSlots, dim3(num_tokens, (hidden + kColumns - 1) / kColumns),
-                  kCombineThreads, 0, stream, ws.slots, ws.places, p.topk_weights + first * top_k,
-                  top_k, hidden, static_cast<__nv_bfloat16*>(p.y) + first * hidden);
+  LaunchDependent(CombineSlots<Places>, dim3(chunk.num_tokens, (hidden + kColumns - 1) / kColumns),
+                  kCombineThreads, 0, stream, ws.slots, places, chunk.topk_weights, top_k, hidden,
+                  chunk.y);
   return cudaGetLastError();
+}
+
+cudaError_t LaunchOneToken(const Experts& e, const Workspace& ws, const Chunk& chunk, int top_k,
+                           cudaStream_t stream) {
+  const cudaError_t status =
+      LaunchExpertsOfOneToken(e, ws.experts, chunk.x, chunk.topk_ids, top_k, ws.slots, stream);
+  if (status != cudaSuccess) return status;
+  return LaunchCombine(e, ws, chunk, top_k,
+                       PlacesOfOneToken{chunk.topk_ids, static_cast<int>(e.num_experts)}, stream);
+}
+
+cudaError_t LaunchChunk(const Experts& e, const Workspace& ws, const Chunk& chunk, int top_k,
+                        cudaStream_t stream) {
+  if (chunk.num_tokens == 1 && !chunk.x_scale && TakesOneToken(e)) {
+    return LaunchOneToken(e, ws, chunk, top_k, stream);
+  }
+  const int num_pairs = chunk.num_tokens * top_k, num_experts = static_cast<int>(e.num_experts);
+  LaunchRoute(Rows{chunk.x, chunk.x_scale, static_cast<int>(e.hidden_size), e.operands, e.x_rule},
+              chunk.num_tokens,
+              Routing{chunk.topk_ids, top_k, num_experts, static_cast<int>(e.tile_tokens),
+                      ws.block_counts, ws.experts.plan, ws.places, ws.experts.row_phase},
+              ws.experts.x, stream);
+  FewPairs few{};
+  if (num_pairs <= kFewPairs) few = {chunk.topk_ids, num_pairs, num_experts};
+  const cudaError_t status =
+      LaunchExperts(e, ws.experts, num_pairs, CountedBlocks(num_pairs) > 0, few, ws.slots, stream);
+  if (status != cudaSuccess) return status;
+  return LaunchCombine(e, ws, chunk, top_k, PlacesOfTable{ws.places}, stream);
 }
 
 }  // namespace
@@ -70,7 +100,8 @@ cudaError_t LaunchFusedMoe(const FusedMoeParams& p, cudaStream_t stream) {
   const Workspace ws(p, chunk * p.top_k, p.workspace);
   for (int64_t first = 0; first < p.num_tokens; first += chunk) {
     const int num_tokens = static_cast<int>(std::min(chunk, p.num_tokens - first));
-    const cudaError_t status = LaunchChunk(p, ws, first, num_tokens, stream);
+    const cudaError_t status =
+        LaunchChunk(p.experts, ws, Chunk(p, first, num_tokens), static_cast<int>(p.top_k), stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

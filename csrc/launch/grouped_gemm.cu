@@ -34,4 +34,13 @@ void LaunchGroupedGemm(Operands operands, int64_t tile_tokens, const GroupedGemm
   });
 }
 
+void LaunchOneTokenGemm(Operands operands, const OneTokenParams& params, const Epilogue& epilogue,
+                        int num_sms, cudaStream_t stream) {
+  WithDecoder(operands, [&](auto* decoder, auto* activations) {
+    LaunchOneTokenTile<std::remove_pointer_t<decltype(decoder)>,
+                       std::remove_pointer_t<decltype(activations)>>(params, epilogue, num_sms,
+                                                                     stream);
+  });
+}
+
 }  // namespace jax_w4moe

@@ -31,12 +31,14 @@ void ForEachTile(const F& f) {
 template <typename Decoder, typename Activations>
 cudaError_t PrepareTiles() {
   cudaError_t status = cudaSuccess;
-  ForEachTile<Decoder, Activations>([&](auto* tile) {
+  auto prepare = [&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (status != cudaSuccess) return;
     status = cudaFuncSetAttribute(GroupedGemm<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   Tile::kSharedBytes);
-  });
+  };
+  prepare(static_cast<OneTokenTile<Decoder, Activations>*>(nullptr));
+  ForEachTile<Decoder, Activations>(prepare);
   return status;
 }
 
@@ -51,9 +53,19 @@ void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epil
   });
 }
 
-#define JAX_W4MOE_COMPILE(Decoder, Activations)                                     \
-  template cudaError_t PrepareTiles<Decoder, Activations>();                        \
-  template void LaunchTile<Decoder, Activations>(int64_t, const GroupedGemmParams&, \
-                                                 const Epilogue&, int, cudaStream_t);
+template <typename Decoder, typename Activations>
+void LaunchOneTokenTile(const OneTokenParams& params, const Epilogue& epilogue, int num_sms,
+                        cudaStream_t stream) {
+  using Tile = OneTokenTile<Decoder, Activations>;
+  Launch(!params.is_first, GroupedGemm<Tile>, num_sms, Tile::kThreads, Tile::kSharedBytes, stream,
+         params, epilogue);
+}
+
+#define JAX_W4MOE_COMPILE(Decoder, Activations)                                                  \
+  template cudaError_t PrepareTiles<Decoder, Activations>();                                     \
+  template void LaunchTile<Decoder, Activations>(int64_t, const GroupedGemmParams&,              \
+                                                 const Epilogue&, int, cudaStream_t);            \
+  template void LaunchOneTokenTile<Decoder, Activations>(const OneTokenParams&, const Epilogue&, \
+                                                         int, cudaStream_t);
 
 }  // namespace jax_w4moe

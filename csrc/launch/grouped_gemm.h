@@ -20,9 +20,14 @@ cudaError_t PrepareTiles();
 template <typename Decoder, typename Activations>
 void LaunchTile(int64_t tile_tokens, const GroupedGemmParams& params, const Epilogue& epilogue,
                 int num_sms, cudaStream_t stream);
+template <typename Decoder, typename Activations>
+void LaunchOneTokenTile(const OneTokenParams& params, const Epilogue& epilogue, int num_sms,
+                        cudaStream_t stream);
 
 // tile_tokens: of a tile in the table.
 void LaunchGroupedGemm(Operands operands, int64_t tile_tokens, const GroupedGemmParams& params,
                        const Epilogue& epilogue, int num_sms, cudaStream_t stream);
+void LaunchOneTokenGemm(Operands operands, const OneTokenParams& params, const Epilogue& epilogue,
+                        int num_sms, cudaStream_t stream);
 
 }  // namespace jax_w4moe

@@ -8,12 +8,12 @@
 
 namespace jax_w4moe {
 
-// Starts a kernel that may begin while the one before it on the stream ends (programmatic dependent
-// launch): it must call ptx::WaitForPrecedingKernels before it touches what others write or read.
-// Errors are left to cudaGetLastError.
+// Starts a kernel. A dependent one may begin while the one before it on the stream ends
+// (programmatic dependent launch): it must call ptx::WaitForPrecedingKernels before it touches what
+// others write or read. Errors are left to cudaGetLastError.
 template <typename... Params, typename... Args>
-void LaunchDependent(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                     cudaStream_t stream, Args&&... args) {
+void Launch(bool is_dependent, void (*kernel)(Params...), dim3 grid, int threads,
+            size_t shared_bytes, cudaStream_t stream, Args&&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -23,8 +23,13 @@ void LaunchDependent(void (*kernel)(Params...), dim3 grid, int threads, size_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = is_dependent;
   cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+template <typename... Params, typename... Args>
+void LaunchDependent(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                     cudaStream_t stream, Args&&... args) {
+  Launch(true, kernel, grid, threads, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 // Hands out 128-byte aligned parts of a workspace; with a null base it only counts.

@@ -71,13 +71,19 @@ __device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const ui
   }
 }
 
-// Issues and commits the product of a group of a record's K, one of kGroups, with a token tile,
-// given by its descriptor; its panels are `panel_stride` apart in such units. `partial` is
-// overwritten, and may be read after WaitForProducts.
+// Calls f with 0 to kGroups - 1 as constants.
+template <int kGroups, int kGroup = 0, typename F>
+__device__ __forceinline__ void ForEachGroup(const F& f) {
+  f(std::integral_constant<int, kGroup>{});
+  if constexpr (kGroup + 1 < kGroups) ForEachGroup<kGroups, kGroup + 1>(f);
+}
+
+// Issues the product of a group of a record's K, one of kGroups, with a token tile, given by its
+// descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and may
+// be read after WaitForProducts.
 template <typename Activations, int N, int kGroups, int kGroup>
-__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                         uint64_t tokens, uint64_t panel_stride) {
-  cute::warpgroup_arrive();
+__device__ __forceinline__ void IssueGroup(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                           uint64_t tokens, uint64_t panel_stride) {
   if constexpr (kGroups <= 4) {
     constexpr int kCount = 4 / kGroups;
     MultiplyPanels<Activations, N, kGroup * kCount, kCount>(partial, a, tokens, panel_stride);
@@ -90,13 +96,22 @@ __device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t
       half[kInstruction][i] = i / 2 == kGroup % 2 ? a[kInstruction][i] : 0;
     MultiplyPanels<Activations, N, kInstruction, 1>(partial, half, tokens, panel_stride);
   }
+}
+
+// The same, between the fences of one group alone.
+template <typename Activations, int N, int kGroups, int kGroup>
+__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
+                                         uint64_t tokens, uint64_t panel_stride) {
+  cute::warpgroup_arrive();
+  IssueGroup<Activations, N, kGroups, kGroup>(partial, a, tokens, panel_stride);
   cute::warpgroup_commit_batch();
 }
 
-// Waits for all products; from here on the compiler may read `partial`.
-template <int N>
+// Waits for all products but the last kRunning commits; from here on the compiler may read
+// `partial`.
+template <int kRunning = 0, int N>
 __device__ __forceinline__ void WaitForProducts(float (&partial)[N]) {
-  cute::warpgroup_wait<0>();
+  cute::warpgroup_wait<kRunning>();
 #pragma unroll
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(partial[i]);
 }
