@@ -8,11 +8,11 @@ inline constexpr int kRecordRows = 64;
 inline constexpr int kRecordK = 128;
 inline constexpr int kCodeBytes = kRecordRows * kRecordK / 2;
 
-inline constexpr int kMinTileTokens = 64;  // of the grouped GEMM's tiles, at most
+inline constexpr int kMinTileTokens = 32;  // of the grouped GEMM's tiles, at most
 
 // K128 of a token that a CTA can hold as a whole (kernels/one_token.cuh).
 template <int kPanels>
-inline constexpr int kOneTokenBlocks = kPanels == 2 ? 48 : 72;
+inline constexpr int kOneTokenBlocks = kPanels == 2 ? 64 : 96;
 
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;

@@ -10,7 +10,7 @@ namespace jax_w4moe {
 // Token sub-tiles, tokens of each at most, math warpgroups, stages.
 #define JAX_W4MOE_FP8_TILES(X) \
   X(1, 64, 3, 9) X(1, 96, 3, 7) X(2, 64, 3, 6) X(2, 120, 2, 4) X(4, 72, 2, 3)
-#define JAX_W4MOE_BF16_TILES(X) X(1, 64, 3, 6) X(2, 96, 2, 3)
+#define JAX_W4MOE_BF16_TILES(X) X(1, 32, 3, 9) X(1, 64, 3, 6) X(2, 96, 2, 3)
 
 // Whether a tile of that many tokens is compiled.
 inline bool HasTile(int64_t tile_tokens, Operands operands) {

@@ -10,13 +10,13 @@ TILE_TOKENS = (64, 96, 128, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
 
-BF16_TILE_TOKENS = (64, 192)
+BF16_TILE_TOKENS = (32, 64, 192)
 """The same for bf16 activations."""
 
 _WIDEST = {"int4_g32": 240, "mxfp4_wide": 96, "nvfp4": 96}  # as in csrc/formats/formats.h
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
-_MIN_TILE_TOKENS = 64
+_MIN_TILE_TOKENS = 32
 
 
 def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
