@@ -119,7 +119,7 @@ def bench(
         list[str] | None, typer.Option(help="Time ragged_dot or tokamax, too.")
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Of the weights: mxfp4, int4_g128 or int4_g32.")
+        str, typer.Option(help="Of the weights, its name; an unknown one lists them.")
     ] = "mxfp4",
     act_dtype: Annotated[
         str, typer.Option(help="Of the activations: float8_e4m3fn or bfloat16.")

@@ -20,7 +20,7 @@ RANKS = {
     "formats": 1,
     "activations": 1,
     "timing": 1,
-    "quantization": 1,
+    "quantization": 0,
     "types": 2,
     "checks": 3,
     "roofline": 3,
