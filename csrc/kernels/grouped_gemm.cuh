@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                   partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
               if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
               if constexpr (kSubtiles * Decoder::kGroups == 1) {
-                if (more)
-                  load_all(next);  // one branch, in which all loads are on their way at once
+                // One branch, in which all loads are on their way at once.
+                if (more) load_all(next);
               } else {
                 if (n == 0 && kGroup == 0 && more) load_first(next);
                 if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
