@@ -21,6 +21,7 @@ from jax_w4moe.quantization import (
     ScaleRule,
     fold_scales,
     operand_dtype,
+    per_value,
     quantize,
     quantize_per_token,
     round_to_bf16,
@@ -298,7 +299,7 @@ def _per_row(x: Array, x_scale: Array | None, rule: ScaleRule) -> tuple[Array, A
     """With one scale per row, so that a batch axis can be folded into rows; or as bf16."""
     if x_scale is not None and isinstance(rule, Per128):
         is_per_128 = x_scale.ndim > 0 and x_scale.shape[-1] > 1
-        scales = jnp.repeat(x_scale, 128, axis=-1)[..., : x.shape[-1]] if is_per_128 else x_scale
+        scales = per_value(x_scale, x.shape[-1]) if is_per_128 else x_scale
         return (x.astype(jnp.float32) * scales).astype(jnp.bfloat16), None
     if x_scale is None or x_scale.shape == (*x.shape[:-1], 1):
         return x, x_scale

@@ -88,8 +88,7 @@ def quantize(
         return quantize_per_token(x, rule)
     scale = np.float32(rule.x_scale if before == "w13" else rule.h_scale)
     scaled = x.astype(jnp.float32) * (np.float32(1) / scale)
-    x_fp8 = round_to_e4m3(scaled).astype(jnp.float8_e4m3fn)
-    return x_fp8, jnp.full((*x.shape[:-1], 1), scale)
+    return _to_e4m3(scaled), jnp.full((*x.shape[:-1], 1), scale)
 
 
 def quantize_per_token(
@@ -123,7 +122,7 @@ def quantize_per_token(
         is_finite = amax_bits < 0x7F800000
         scale = jnp.where(is_finite, _power_of_two(exponent), amax)
         inverse = jnp.where(is_finite, _power_of_two(254 - exponent), inverse)
-    return round_to_e4m3(values * inverse).astype(jnp.float8_e4m3fn), scale
+    return _to_e4m3(values * inverse), scale
 
 
 def round_per_128(x: Float[Array, "*rows H"]) -> Float32[Array, "*rows H"]:
@@ -162,9 +161,12 @@ def fold_scales(
     """
     largest = jnp.max(x_scale, axis=-1, keepdims=True)
     ratio = jnp.where(largest == 0, 0.0, x_scale / jnp.where(largest == 0, 1.0, largest))
-    factors = jnp.repeat(ratio, 128, axis=-1)[..., : x.shape[-1]]
-    folded = round_to_e4m3(x.astype(jnp.float32) * factors)
-    return folded.astype(jnp.float8_e4m3fn), largest
+    return _to_e4m3(x.astype(jnp.float32) * per_value(ratio, x.shape[-1])), largest
+
+
+def per_value(scales: Float32[Array, "*rows C"], width: int) -> Float32[Array, "*rows H"]:
+    """Scales per 128 values, the last of which may be of fewer, for each of ``width`` values."""
+    return jnp.repeat(scales, 128, axis=-1)[..., :width]
 
 
 def round_to_bf16(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
@@ -178,6 +180,11 @@ def round_to_e4m3(values: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     normal = jax.lax.reduce_precision(clipped, exponent_bits=8, mantissa_bits=3)
     subnormal = jnp.round(clipped * 2.0**9) * 2.0**-9
     return jnp.where(jnp.abs(clipped) < 2.0**-6, subnormal, normal)
+
+
+def _to_e4m3(values: Float32[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
+    """Rounds in f32 first: XLA drops the conversion where one back to f32 follows."""
+    return round_to_e4m3(values).astype(jnp.float8_e4m3fn)
 
 
 def _power_of_two(exponent: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -11,8 +11,7 @@ inline constexpr int kCodeBytes = kRecordRows * kRecordK / 2;
 inline constexpr int kMinTileTokens = 32;  // of the grouped GEMM's tiles, at most
 
 // K128 of a token that a CTA can hold as a whole (kernels/one_token.cuh).
-template <int kPanels>
-inline constexpr int kOneTokenBlocks = kPanels == 2 ? 64 : 96;
+constexpr int OneTokenBlocks(int panels) { return panels == 2 ? 64 : 96; }
 
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;

@@ -44,7 +44,7 @@ struct GroupedGemmTile {
   static constexpr int Items(int stages) { return stages + 2; }
   static constexpr int kMaximaBytes = kIsOneToken ? 16 * kWarpgroups : 0;  // of warps
   static constexpr int TokensBytes(int stages) {
-    return (kIsOneToken ? kOneTokenBlocks<kPanels> : stages) * kTokenBytes;
+    return (kIsOneToken ? OneTokenBlocks(kPanels) : stages) * kTokenBytes;
   }
   static constexpr int SharedBytes(int stages) {
     return TokensBytes(stages) + stages * kWeightBytes +

@@ -61,6 +61,16 @@ __device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& 
   to.width = item.width;
 }
 
+// Tells the warpgroups, in the place of the next item, that there is none, once its stage is free.
+__device__ __forceinline__ void AnnounceEnd(volatile WorkItem& end, uint32_t full, uint32_t empty,
+                                            uint32_t parity) {
+  ptx::BarrierWait(empty, parity);
+  if (threadIdx.x % 32 == 0) {
+    Announce(end, {0, 0, 0, 0, 0, kNoMoreItems});
+    ptx::BarrierArrive(full);
+  }
+}
+
 inline constexpr int kFewEarly = 3;  // K128 of weights that are asked for before few pairs' tokens
 inline constexpr int kRunSteps = 8;  // K128 of a run of items, about
 
@@ -162,11 +172,7 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   }
   ptx::WaitForPrecedingKernels();  // also where there was no item
   ptx::LaunchDependents();
-  ptx::BarrierWait(empty + 8 * stage, parity);
-  if (lane == 0) {
-    Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
-    ptx::BarrierArrive(full + 8 * stage);
-  }
+  AnnounceEnd(items[slot], full + 8 * stage, empty + 8 * stage, parity);
 }
 
 // The same for one token: the weights alone, which wait for no other kernel.
@@ -191,13 +197,7 @@ __device__ __forceinline__ void LoadItems(const OneTokenParams& p, uint32_t shar
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
     const int tile = i / rows.count;
     const int slot = __ffs(__ballot_sync(~0u, valid && rank == tile)) - 1;
-    WorkItem item;
-    item.expert = __shfl_sync(~0u, id, slot);
-    item.first_slab = (i - tile * rows.count) * rows.group;
-    item.slabs = min(rows.group, rows.row_blocks - item.first_slab);
-    item.first_row = slot;
-    item.live = 1;
-    item.width = Tile::kMinWidth;
+    const WorkItem item = ItemAt<Tile>({__shfl_sync(~0u, id, slot), slot, 1, tile}, rows, i);
     const uint8_t* from = p.weights.Slab(item.expert, item.first_slab + lane, kRecordBytes);
     for (int k = 0; k < p.weights.k_blocks; ++k) {
       ptx::BarrierWait(empty + 8 * stage, parity);
@@ -218,11 +218,7 @@ __device__ __forceinline__ void LoadItems(const OneTokenParams& p, uint32_t shar
     }
     at = at + 1 == Tile::kItems ? 0 : at + 1;
   }
-  ptx::BarrierWait(empty + 8 * stage, parity);
-  if (lane == 0) {
-    Announce(items[at], {0, 0, 0, 0, 0, kNoMoreItems});
-    ptx::BarrierArrive(full + 8 * stage);
-  }
+  AnnounceEnd(items[at], full + 8 * stage, empty + 8 * stage, parity);
 }
 
 }  // namespace jax_w4moe

@@ -1,5 +1,6 @@
-// One token's row as WGMMA reads it, made by the CTA that multiplies it: the row of a token image
-// that would be written and read again otherwise (kernels/token_image.cuh).
+// The math of a grouped GEMM for one token: its row as WGMMA reads it, made by the CTA that
+// multiplies it, since a token image (kernels/token_image.cuh) would be written and read again; and
+// the products.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +66,7 @@ class OneTokenRow {
 
  private:
   using Source = std::conditional_t<Tile::kPanels == 1, Bf16Rows, SplitBf16Rows>;
-  static constexpr int kKept = (kOneTokenBlocks<Tile::kPanels> * 8 + kThreads - 1) / kThreads;
+  static constexpr int kKept = (OneTokenBlocks(Tile::kPanels) * 8 + kThreads - 1) / kThreads;
 
   __device__ __forceinline__ int Chunks() const { return p_.weights.k_blocks * 8; }
 

@@ -13,17 +13,6 @@ TokenImage TakeImage(Arena& arena, int64_t panels, int64_t rows) {
   return {data, arena.Take<float>(rows), rows};
 }
 
-}  // namespace
-
-ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena)
-    : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)))),
-      row_phase(arena.Take<int>(rows)),
-      x(TakeImage(arena, experts.w13_k_blocks * experts.operands.Panels(), rows)),
-      h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
-      h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
-
-namespace {
-
 Records W13(const Experts& e) {
   return {static_cast<const uint8_t*>(e.w13), static_cast<int>(e.w13_row_blocks),
           static_cast<int>(e.w13_k_blocks)};
@@ -34,6 +23,8 @@ Records W2(const Experts& e) {
           static_cast<int>(e.w2_k_blocks)};
 }
 
+int WidthOfH(const Experts& e) { return static_cast<int>(e.w13_row_blocks) * 32; }
+
 Epilogue FirstEpilogue(const Experts& e, const ExpertsWorkspace& ws, __nv_bfloat16* out) {
   return {EpilogueKind::kGated,
           Gated{ws.h, e.w13_bias, static_cast<int>(e.w13_row_blocks), e.activation},
@@ -41,6 +32,13 @@ Epilogue FirstEpilogue(const Experts& e, const ExpertsWorkspace& ws, __nv_bfloat
 }
 
 }  // namespace
+
+ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena)
+    : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)))),
+      row_phase(arena.Take<int>(rows)),
+      x(TakeImage(arena, experts.w13_k_blocks * experts.operands.Panels(), rows)),
+      h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
+      h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
 
 cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_rows,
                           bool plan_is_old, const FewPairs& few, __nv_bfloat16* out,
@@ -53,9 +51,8 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
                     GroupedGemmParams{W13(e), ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
                                       plan_is_old, few},
                     epilogue, num_sms, stream);
-  LaunchRequantize(
-      Rows{ws.h, nullptr, static_cast<int>(e.w13_row_blocks) * 32, e.operands, e.h_rule}, num_rows,
-      ws.row_phase, ws.h_image, stream);
+  LaunchRequantize(Rows{ws.h, nullptr, WidthOfH(e), e.operands, e.h_rule}, num_rows, ws.row_phase,
+                   ws.h_image, stream);
   epilogue.kind = EpilogueKind::kStore;
   LaunchGroupedGemm(e.operands, e.tile_tokens,
                     GroupedGemmParams{W2(e), ws.h_image.data, ws.h_image.row_scale, ws.plan,
@@ -65,8 +62,7 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
 }
 
 bool TakesOneToken(const Experts& e) {
-  return std::max(e.w13_k_blocks, e.w2_k_blocks) <=
-         (e.operands.is_bf16 ? kOneTokenBlocks<2> : kOneTokenBlocks<1>);
+  return std::max(e.w13_k_blocks, e.w2_k_blocks) <= OneTokenBlocks(e.operands.Panels());
 }
 
 cudaError_t LaunchExpertsOfOneToken(const Experts& e, const ExpertsWorkspace& ws, const void* x,
@@ -88,7 +84,7 @@ cudaError_t LaunchExpertsOfOneToken(const Experts& e, const ExpertsWorkspace& ws
   LaunchOneTokenGemm(e.operands, params, epilogue, num_sms, stream);
   params.weights = W2(e);
   params.rows = ws.h;
-  params.width = static_cast<int>(e.w13_row_blocks) * 32;
+  params.width = WidthOfH(e);
   params.is_first = false;
   params.rule = e.h_rule;
   epilogue.kind = EpilogueKind::kStore;

@@ -32,3 +32,12 @@ def assert_bitwise(actual: Any, expected: Any) -> None:
     assert actual.dtype == expected.dtype
     different = actual.reshape(-1).view(np.uint8) != expected.reshape(-1).view(np.uint8)
     assert not different.any(), f"{int(different.sum())} of {different.size} bytes differ"
+
+
+def assert_bitwise_or_nan(actual: Any, expected: Any) -> None:
+    """The same, but a NaN may have any bits."""
+    actual, expected = np.array(actual), np.array(expected)
+    is_nan = np.isnan(as_float64(expected))
+    assert_bitwise(np.isnan(as_float64(actual)), is_nan)
+    actual[is_nan] = expected[is_nan] = 0
+    assert_bitwise(actual, expected)
