@@ -37,7 +37,7 @@ def assert_bitwise(actual: Any, expected: Any) -> None:
 def assert_bitwise_or_nan(actual: Any, expected: Any) -> None:
     """The same, but a NaN may have any bits."""
     actual, expected = np.array(actual), np.array(expected)
-    is_nan = np.isnan(as_float64(expected))
-    assert_bitwise(np.isnan(as_float64(actual)), is_nan)
+    is_nan = np.isnan(expected)
+    assert_bitwise(np.isnan(actual), is_nan)
     actual[is_nan] = expected[is_nan] = 0
     assert_bitwise(actual, expected)
