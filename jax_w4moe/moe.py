@@ -1,20 +1,16 @@
-"""The public ops: validate, choose the implementation, run."""
+"""The public ops: validate, choose the implementation, tune, run (lowering.py)."""
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from jax_w4moe import checks, reference, sharding, tuning, varying
+from jax_w4moe import checks, lowering, sharding, tuning
 from jax_w4moe import implementation as implementations
 from jax_w4moe.activations import Activation, SwiGLU
-from jax_w4moe.ops.expert_mlp import expert_mlp_cuda
-from jax_w4moe.ops.fused_moe import fused_moe_cuda
-from jax_w4moe.ops.grouped_matmul import grouped_matmul_cuda
-from jax_w4moe.ops.quantize_fp8 import quantize_fp8_cuda
 from jax_w4moe.quantization import (
     Per128,
     PerToken,
@@ -22,18 +18,13 @@ from jax_w4moe.quantization import (
     fold_scales,
     operand_dtype,
     per_value,
-    quantize,
-    quantize_per_token,
-    round_to_bf16,
 )
 from jax_w4moe.sharding import Tokens
-from jax_w4moe.transforms import transformable
 from jax_w4moe.tuning import Problem, Tactic
 from jax_w4moe.types import PackedExperts, PackedTensor
 
 _SWIGLU = SwiGLU()
 _PER_TOKEN = PerToken()
-_BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 def fused_moe(
@@ -123,16 +114,18 @@ def fused_moe(
     checks.routes(x, topk_ids, topk_weights, experts.num_experts)
     x, x_scale = _per_row(x, x_scale, act_scale)
     how = _how("fused_moe", implementation, x, activation, act_dtype, act_scale)
-    op = functools.partial(_fused_moe, how)
+    op = functools.partial(lowering.fused_moe, how)
     tokens = Tokens(x, x_scale, topk_ids, topk_weights)
     problem = Problem.of_layer("fused_moe", experts, topk_ids.size, how.operand_dtype)
     if is_spread or is_partitioned:
         tuning.check(problem, tactic)
         options = (how, tactic)
         if is_partitioned:
-            return _partitioned_moe(*options)(tokens, experts)
+            return lowering.partitioned_moe(*options)(tokens, experts)
         placement, mesh = sharding.place(x, experts, **axes)
-        return sharding.run(placement, mesh, _spread_moe(*options, placement), tokens, experts)
+        return sharding.run(
+            placement, mesh, lowering.spread_moe(*options, placement), tokens, experts
+        )
     rotated = _rotated_ids(topk_ids, experts.num_experts)
     return _run(
         problem, how.choice, tactic, op, ((tokens._replace(topk_ids=i), experts) for i in rotated)
@@ -174,9 +167,9 @@ def expert_mlp(
     x_scale = _as_array(x_scale)
     checks.activations(rows, x_scale, None, experts.hidden_size, "[M, H] or [E, M_max, H]")
     checks.group_sizes(group_sizes, experts.num_experts)
-    tokens = _Rows(*_per_row(rows, x_scale, act_scale))
+    tokens = lowering.Rows(*_per_row(rows, x_scale, act_scale))
     how = _how("expert_mlp", implementation, tokens.rows, activation, act_dtype, act_scale)
-    op = functools.partial(_expert_mlp, how)
+    op = functools.partial(lowering.expert_mlp, how)
     num_rows = math.prod(rows.shape[:-1])
     problem = Problem.of_layer("expert_mlp", experts, num_rows, how.operand_dtype)
     rotated = _rotated_sizes(group_sizes)
@@ -217,9 +210,9 @@ def grouped_matmul(
     checks.activations(lhs, x_scale, 2, rhs.shape[2], "lhs [M, K]")
     checks.group_sizes(group_sizes, rhs.shape[0])
     out_dtype = checks.element_type(preferred_element_type)
-    tokens = _Rows(*_per_row(lhs, x_scale, act_scale))
+    tokens = lowering.Rows(*_per_row(lhs, x_scale, act_scale))
     how = _how("grouped_matmul", implementation, tokens.rows, _SWIGLU, act_dtype, act_scale)
-    op = functools.partial(_grouped_matmul, how, out_dtype)
+    op = functools.partial(lowering.grouped_matmul, how, out_dtype)
     problem = Problem.of_matmul(rhs, lhs.shape[0], how.operand_dtype)
     rotated = _rotated_sizes(group_sizes)
     return _run(problem, how.choice, tactic, op, ((tokens, (rhs, sizes)) for sizes in rotated))
@@ -248,21 +241,7 @@ def quantize_fp8(x: Array, *, implementation: str | None = None) -> tuple[Array,
     """
     checks.quantizable(x)
     choice = implementations.choose("quantize_fp8", implementation)
-    return _quantize_fp8(choice)(_Row(x), ())
-
-
-class _How(NamedTuple):
-    """What is static of a call, and stays what it is whatever the tactic."""
-
-    choice: implementations.Choice
-    activation: Activation
-    act_dtype: jnp.dtype
-    act_scale: ScaleRule
-
-    @property
-    def operand_dtype(self) -> jnp.dtype:
-        """What the kernels are given, and what travels between devices."""
-        return operand_dtype(self.act_dtype, self.act_scale)
+    return lowering.quantize_fp8(choice)(lowering.Row(x), ())
 
 
 def _how(
@@ -272,22 +251,13 @@ def _how(
     activation: Activation,
     act_dtype: Any,
     act_scale: ScaleRule,
-) -> _How:
+) -> lowering.How:
     """Chooses the implementation."""
     if jnp.dtype(act_dtype) == jnp.bfloat16:  # nothing is scaled
         act_scale = _PER_TOKEN
     unsupported = implementations.unsupported(x.dtype, operand_dtype(act_dtype, act_scale))
     choice = implementations.choose(op, implementation, unsupported)
-    return _How(choice, activation, jnp.dtype(act_dtype), act_scale)
-
-
-class _Rows(NamedTuple):
-    rows: Array
-    x_scale: Array | None
-
-
-class _Row(NamedTuple):
-    x: Array
+    return lowering.How(choice, activation, jnp.dtype(act_dtype), act_scale)
 
 
 def _as_array(x_scale: Array | float | None) -> Array | None:
@@ -339,228 +309,3 @@ def _run(
     if tactic is None and choice != "xla" and tuning.wanted(problem, call):
         tuning.record(problem, op, [call, *calls])
     return op(tactic)(*call)
-
-
-# The ops are cached by what is static, so that JAX meets the same function again; the tactic is
-# chosen where the shapes are known for good, after vmap.
-
-_differentiable_moe = functools.partial(
-    transformable, "fused_moe", differentiable=("x", "topk_weights"), foldable=True
-)
-
-
-@functools.cache
-def _fused_moe(
-    how: _How,
-    tactic: Tactic | None,
-    slot_dtype: Any = _BFLOAT16,
-) -> Any:
-    def xla(tokens: Tokens, experts: PackedExperts) -> Array:
-        return reference.fused_moe(
-            tokens.x,
-            experts,
-            tokens.topk_ids,
-            tokens.topk_weights,
-            x_scale=tokens.x_scale,
-            activation=how.activation,
-            act_dtype=how.act_dtype,
-            act_scale=how.act_scale,
-            mode="mirrored",
-            slot_dtype=slot_dtype,
-        )
-
-    def cuda(tokens: Tokens, experts: PackedExperts) -> Array:
-        x, x_scale, ids, weights = tokens
-        act_dtype = how.operand_dtype
-        problem = Problem.of_layer("fused_moe", experts, ids.size, act_dtype)
-        chosen = tuning.choose(problem, tactic).tactic
-        return fused_moe_cuda(
-            x, x_scale, experts, ids, weights, act_dtype, how.act_scale, how.activation, chosen
-        )
-
-    def run(tokens: Tokens, experts: PackedExperts) -> Array:
-        return implementations.run(how.choice, cuda, xla, tokens, experts)
-
-    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
-        x, x_scale, ids, weights = tokens
-        dx, dweights = reference.fused_moe_gradients(
-            x, experts, ids, weights, x_scale, cotangent, how.activation
-        )
-        return {"x": dx.astype(x.dtype), "topk_weights": dweights}
-
-    return _differentiable_moe(run, backward=backward)
-
-
-@functools.cache
-def _spread_moe(
-    how: _How,
-    tactic: Tactic | None,
-    placement: sharding.Placement,
-) -> Any:
-    """The layer inside a shard_map over the placement's axes; operands are this device's parts."""
-
-    def backward(tokens: Tokens, experts: PackedExperts, cotangent: Array) -> dict[str, Array]:
-        part = sharding.local_part(experts, placement)
-        everyone, cotangent = sharding.gather((tokens, cotangent), placement)
-        x, x_scale, ids, weights = everyone
-        ids = sharding.local_ids(ids, experts, placement)
-        dx, dweights = reference.fused_moe_gradients(
-            x, part, ids, weights, x_scale, cotangent, how.activation
-        )
-        both = sharding.bring_home(jnp.concatenate([dx, dweights], axis=1), placement)
-        dx, dweights = jnp.split(both, [dx.shape[1]], axis=1)
-        return {
-            "x": varying.vary(dx.astype(tokens.x.dtype), varying.axes_of(tokens.x)),
-            "topk_weights": varying.vary(dweights, varying.axes_of(tokens.topk_weights)),
-        }
-
-    run = _spread_run(how, tactic, placement)
-    return _differentiable_moe(run, backward=backward)
-
-
-@functools.cache
-def _partitioned_moe(
-    how: _How,
-    tactic: Tactic | None,
-) -> Any:
-    """The layer in a program whose weights XLA's partitioner finds spread; without gradients."""
-    run = functools.partial(_spread_run, how, tactic)
-    name = "fused_moe without expert_axis or tensor_axis on weights that are spread"
-    return transformable(name, functools.partial(sharding.partitioned, run), foldable=True)
-
-
-@functools.cache
-def _spread_run(
-    how: _How,
-    tactic: Tactic | None,
-    placement: sharding.Placement,
-) -> Callable[[Tokens, PackedExperts], Array]:
-    """What a device does of the layer, exchange included."""
-    is_fp8 = how.operand_dtype == jnp.float8_e4m3fn
-    layer = _fused_moe(how, tactic)
-    # A slot that is summed over a tensor axis is rounded after the sum, as on one device. With FP8
-    # the slices' own scales differ from one device's by more than that.
-    is_rounded_late = placement.tensor_axis is not None and not is_fp8
-    slot_layer = layer
-    if is_rounded_late and placement.exchange == sharding.SLOT_ROWS:
-        what = "act_dtype=bfloat16 with exchange='slot_rows' over a tensor axis"
-        own = implementations.without_kernel("fused_moe", how.choice, what)
-        slot_layer = _fused_moe(how._replace(choice=own), tactic, jnp.dtype(jnp.float32))
-
-    def run(tokens: Tokens, experts: PackedExperts) -> Array:
-        part = sharding.local_part(experts, placement)
-        topk_ids, topk_weights = tokens.topk_ids, tokens.topk_weights
-        rule = how.act_scale
-        is_quantized = is_fp8 and tokens.x_scale is None
-        if placement.gathered_axes and is_quantized and not isinstance(rule, Per128):
-            quantized = functools.partial(quantize, rule=rule)
-            kernel = quantize_fp8_cuda if rule == _PER_TOKEN else quantized
-            x, x_scale = implementations.run(how.choice, kernel, quantized, tokens.x)
-            tokens = tokens._replace(x=x, x_scale=x_scale)
-
-        def local(tokens: Tokens) -> Tokens:
-            return tokens._replace(topk_ids=sharding.local_ids(tokens.topk_ids, experts, placement))
-
-        def partial_sums(tokens: Tokens) -> Array:
-            return layer(local(tokens), part)
-
-        if placement.exchange == sharding.SLOT_ROWS:
-            everyone = sharding.gather(tokens, placement)
-            slots = slot_layer(sharding.as_slots(local(everyone)), part)
-            slots = slots.reshape(everyone.topk_ids.shape[0], -1)
-            slots = sharding.bring_home(slots, placement)
-            if is_rounded_late:
-                slots = round_to_bf16(slots)
-            slots = slots.reshape(*topk_ids.shape, -1)
-            valid = sharding.is_expert(topk_ids, experts)
-            y = reference.combine(lambda slot: slots[:, slot], valid, topk_weights)
-            return y.astype(jnp.bfloat16)
-        if sharding.is_dispatched(placement, *topk_ids.shape):
-            owners = sharding.owners(topk_ids, experts)
-            sums = sharding.dispatched(partial_sums, tokens, owners, placement)
-            return sharding.add(sums, jnp.bfloat16, placement)
-        return sharding.bring_home(partial_sums(sharding.gather(tokens, placement)), placement)
-
-    return run
-
-
-@functools.cache
-def _expert_mlp(
-    how: _How,
-    tactic: Tactic | None,
-) -> Any:
-    def xla(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
-        return reference.expert_mlp(
-            tokens.rows,
-            *fixed,
-            x_scale=tokens.x_scale,
-            activation=how.activation,
-            act_dtype=how.act_dtype,
-            act_scale=how.act_scale,
-            mode="mirrored",
-        )
-
-    def cuda(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
-        num_rows = math.prod(tokens.rows.shape[:-1])
-        problem = Problem.of_layer("expert_mlp", fixed[0], num_rows, how.operand_dtype)
-        chosen = tuning.choose(problem, tactic).tactic
-        return expert_mlp_cuda(
-            *tokens, *fixed, how.operand_dtype, how.act_scale, how.activation, chosen
-        )
-
-    def run(tokens: _Rows, fixed: tuple[PackedExperts, Array]) -> Array:
-        return implementations.run(how.choice, cuda, xla, tokens, fixed)
-
-    def backward(
-        tokens: _Rows, fixed: tuple[PackedExperts, Array], cotangent: Array
-    ) -> dict[str, Array]:
-        gradient = reference.expert_mlp_gradient(
-            tokens.rows, *fixed, tokens.x_scale, cotangent, how.activation
-        )
-        return {"rows": gradient.astype(tokens.rows.dtype)}
-
-    return transformable("expert_mlp", run, backward=backward, differentiable=("rows",))
-
-
-@functools.cache
-def _grouped_matmul(
-    how: _How,
-    out_dtype: jnp.dtype,
-    tactic: Tactic | None,
-) -> Any:
-    def xla(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        out = reference.grouped_matmul(
-            tokens.rows,
-            *fixed,
-            x_scale=tokens.x_scale,
-            act_dtype=how.act_dtype,
-            act_scale=how.act_scale,
-            mode="mirrored",
-        )
-        return out.astype(out_dtype)
-
-    def cuda(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        problem = Problem.of_matmul(fixed[0], tokens.rows.shape[0], how.operand_dtype)
-        chosen = tuning.choose(problem, tactic).tactic
-        return grouped_matmul_cuda(
-            *tokens, *fixed, how.operand_dtype, how.act_scale, out_dtype, chosen
-        )
-
-    def run(tokens: _Rows, fixed: tuple[PackedTensor, Array]) -> Array:
-        return implementations.run(how.choice, cuda, xla, tokens, fixed)
-
-    def backward(
-        tokens: _Rows, fixed: tuple[PackedTensor, Array], cotangent: Array
-    ) -> dict[str, Array]:
-        gradient = reference.grouped_matmul_gradient(*fixed, cotangent)
-        return {"rows": gradient.astype(tokens.rows.dtype)}
-
-    return transformable("grouped_matmul", run, backward=backward, differentiable=("rows",))
-
-
-@functools.cache
-def _quantize_fp8(choice: implementations.Choice) -> Any:
-    def run(tokens: _Row, _: tuple[()]) -> tuple[Array, Array]:
-        return implementations.run(choice, quantize_fp8_cuda, quantize_per_token, tokens.x)
-
-    return transformable("quantize_fp8", run, foldable=True)

@@ -35,7 +35,8 @@ RANKS = {
     "ops": 6,
     "reference": 6,
     "explain": 7,
-    "moe": 7,
+    "lowering": 7,
+    "moe": 8,
     "checkpoint": 8,
     "flax": 9,
     "models": 10,
@@ -45,7 +46,7 @@ RANKS = {
     "doctor": 11,
     "cli": 12,
     "__main__": 13,
-    "__init__": 8,
+    "__init__": 9,
 }
 
 
