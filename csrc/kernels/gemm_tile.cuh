@@ -32,6 +32,16 @@ struct GroupedGemmTile {
   static_assert(kIsOneToken || kTokens >= kMinTileTokens, "a plan has room for that many only");
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
+  // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
+  // leave 12,288 of an SM's to blocks of the next kernel, which wait there for this one's end, and
+  // to which the decoders that promote more often leave none.
+  static constexpr bool kLeavesRegisters = kTokens <= 64 && Decoder::kGroups == 1;
+  static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
+  static constexpr int kMathRegisters = kWarpgroups == 2 ? 232 : kLeavesRegisters ? 120 : 152;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 56;
+  static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
+                "there are no more");
+
   // Shared memory.
   static constexpr int kPanelBytes = kTokens * 128;
   static constexpr int kTokenBytes = kPanels * kPanelBytes;

@@ -47,7 +47,7 @@ template <typename Tile>
 using GemmParams = std::conditional_t<Tile::kIsOneToken, OneTokenParams, GroupedGemmParams>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __maxnreg__(Tile::kRegisters)
     GroupedGemm(const __grid_constant__ GemmParams<Tile> p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
 
   if (warpgroup == kWarpgroups) {
-    cutlass::arch::warpgroup_reg_dealloc<kWarpgroups == 2 ? 40 : 56>();
+    cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, thread / 32, 0);
     if (warp == 0) {
       LoadItems<Tile>(p, tokens, items);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
 
-  cutlass::arch::warpgroup_reg_alloc<kWarpgroups == 2 ? 232 : 152>();
+  cutlass::arch::warpgroup_reg_alloc<Tile::kMathRegisters>();
   __syncthreads();
   ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
