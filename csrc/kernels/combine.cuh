@@ -37,26 +37,32 @@ __global__ void __launch_bounds__(kCombineThreads)
                  int top_k, int hidden_size, __nv_bfloat16* __restrict__ y) {
   const int64_t token = blockIdx.x;
   const int column = (blockIdx.y * kCombineThreads + threadIdx.x) * kCombineColumns;
-  ptx::WaitForPrecedingKernels();
-  if (column >= hidden_size) return;
-  float sum[kCombineColumns] = {};
-  for (int first = 0; first < top_k; first += kCombineAhead) {
-    uint4 values[kCombineAhead];
-    float weights[kCombineAhead];
-    bool live[kCombineAhead];
+  int rows[kCombineAhead];  // or -1
+  float weights[kCombineAhead];
+  auto look_up = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kCombineAhead; ++i) {
       const int64_t pair = token * top_k + first + i;
-      const Place place = first + i < top_k ? places.At(pair) : Place{0, -1};
-      live[i] = place.phase >= 0;
-      if (!live[i]) continue;
-      weights[i] = topk_weights[pair];
-      values[i] =
-          *reinterpret_cast<const uint4*>(slots + int64_t{place.row} * hidden_size + column);
+      const bool is_there = first + i < top_k;
+      const Place place = is_there ? places.At(pair) : Place{0, -1};
+      rows[i] = place.phase >= 0 ? place.row : -1;
+      weights[i] = is_there ? topk_weights[pair] : 0.0f;
+    }
+  };
+  look_up(0);  // complete before the kernel that writes the slots let this one start
+  ptx::WaitForPrecedingKernels();
+  if (column >= hidden_size) return;
+  float sum[kCombineColumns] = {};
+  for (int first = 0;;) {
+    uint4 values[kCombineAhead];
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      if (rows[i] < 0) continue;
+      values[i] = *reinterpret_cast<const uint4*>(slots + int64_t{rows[i]} * hidden_size + column);
     }
 #pragma unroll
     for (int i = 0; i < kCombineAhead; ++i) {
-      if (!live[i]) continue;
+      if (rows[i] < 0) continue;
       const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -67,6 +73,9 @@ __global__ void __launch_bounds__(kCombineThreads)
         sum[2 * w + 1] = __fadd_rn(sum[2 * w + 1], high);
       }
     }
+    first += kCombineAhead;
+    if (first >= top_k) break;
+    look_up(first);
   }
   *reinterpret_cast<uint4*>(y + token * hidden_size + column) =
       make_uint4(PackBf16(sum[0], sum[1]), PackBf16(sum[2], sum[3]), PackBf16(sum[4], sum[5]),

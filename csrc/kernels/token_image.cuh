@@ -18,6 +18,7 @@ inline constexpr int kImageThreads = 128;
 
 // --- placements ---
 //
+// HasRow: whether the row goes anywhere; asked before the preceding kernel is complete.
 // kLaunchFirst: the next kernel may start before the preceding one is complete. It may not where it
 // takes a plan for granted that the preceding one makes.
 
@@ -192,10 +193,11 @@ __global__ void __launch_bounds__(kImageThreads)
   __shared__ typename Placement::Shared shared;
   const int row = blockIdx.x, chunks = (source.width + 127) / 128 * 8;
   if constexpr (Placement::kLaunchFirst) ptx::LaunchDependents();
+  const bool has_row = placement.HasRow(row);
   ptx::WaitForPrecedingKernels();
   if constexpr (!Placement::kLaunchFirst) ptx::LaunchDependents();
   typename Source::Raw kept[kKeptChunks]{};
-  if (placement.HasRow(row)) {  // before it is known where to: loads take time
+  if (has_row) {  // before it is known where to: loads take time
 #pragma unroll
     for (int i = 0; i < kKeptChunks; ++i) {
       const int chunk = threadIdx.x + i * kImageThreads;
