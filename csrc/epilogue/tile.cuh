@@ -69,6 +69,7 @@ struct StoreJob {
   int64_t first_row;
   int slab;
   int live;
+  int expert;
 };
 
 // What an epilogue makes of a job: where the first token's chunk goes, or null; bytes of a row.

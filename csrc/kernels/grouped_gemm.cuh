@@ -31,15 +31,21 @@ inline constexpr int kReleasingLanes = 1;
 
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
-// A warp that stores what its warpgroup stages.
-__device__ __forceinline__ void StoreItems(const Epilogue& epilogue, volatile const StoreJob& job,
-                                           uint32_t staging, uint32_t staged, uint32_t drained) {
+// A warp that stores what its warpgroup stages, and counts it, where there are counts.
+__device__ __forceinline__ void StoreItems(const Epilogue& epilogue, int* counts,
+                                           volatile const StoreJob& job, uint32_t staging,
+                                           uint32_t staged, uint32_t drained) {
   for (uint32_t parity = 0;; parity ^= 1) {
     ptx::BarrierWait(staged, parity);
     const int live = job.live;
     if (live == kNoMoreJobs) return;
+    const int expert = job.expert;
     epilogue.StoreJob(job.first_row, job.slab, live, staging);
     ptx::BarrierArrive(drained);
+    if (counts) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::AddOneRelease(counts + expert);
+    }
   }
 }
 
@@ -88,14 +94,18 @@ __global__ void __maxnreg__(Tile::kRegisters)
     }
     __syncthreads();
     if (const int w = warp - 1; w < kWarpgroups) {
-      StoreItems(epilogue, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
+      int* counts = nullptr;
+      if constexpr (!Tile::kIsOneToken) counts = p.counts_slabs ? p.plan.slabs_done : nullptr;
+      StoreItems(epilogue, counts, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
     }
     return;
   }
 
   cutlass::arch::warpgroup_reg_alloc<Tile::kMathRegisters>();
   __syncthreads();
-  ptx::WaitForPrecedingKernels();
+  bool waits = true;  // else the first stage is full when its rows are there
+  if constexpr (!Tile::kIsOneToken) waits = !p.waits_for_rows;
+  if (waits) ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
   const uint64_t first_tile = TokenDescriptor(tokens);
   int stage = 0;
@@ -244,6 +254,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
           job.first_row = tile.first_row;
           job.slab = tile.slab;
           job.live = tile.live;
+          job.expert = tile.expert;
         }
       }
       epilogue.WithKind([&](const auto& finish) {

@@ -45,9 +45,12 @@ struct GroupedGemmParams {
   const float* row_scale;  // [image_rows]
   Plan plan;
   int64_t image_rows;
-  int ticket;          // which of the plan's
-  bool plan_is_old;    // the plan was complete before the preceding kernel began
-  FewPairs few_pairs;  // what the plan is made from, complete as well; or none
+  int ticket;           // which of the plan's
+  bool plan_is_old;     // the plan was complete before the preceding kernel began
+  FewPairs few_pairs;   // what the plan is made from, complete as well; or none
+  bool counts_slabs;    // in the plan, as they are stored
+  bool waits_for_rows;  // by the plan's counts, not for the preceding kernel as a whole
+  int num_experts;      // of the plan
 };
 
 inline constexpr int kNoMoreItems = -1;  // as an item's width
@@ -110,7 +113,7 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
   int early = is_early ? min(k_blocks, is_few ? kFewEarly : kStages) : 0;
-  int stage = 0, slot = 0, ticket = 0;
+  int stage = 0, slot = 0, ticket = 0, ready = 0;  // all experts below have their rows
   uint32_t parity = 1;
   for (int i = first_item; i < num_items;) {
     const WorkItem item = ItemAt<Tile>(planned, rows, i);
@@ -138,17 +141,31 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
         parity ^= 1;
       }
     };
+    // Looks at 32 experts at once: the next items are theirs.
+    auto wait_for_rows = [&] {
+      if (!p.waits_for_rows) return ptx::WaitForPrecedingKernels();
+      while (item.expert >= ready) {
+        const int expert = item.expert + lane;
+        const bool is_ready = expert < p.num_experts &&
+                              ptx::LoadAcquire(p.plan.rows_ready + expert) == p.plan.size[expert];
+        const unsigned there = __ballot_sync(~0u, is_ready);
+        ready = item.expert + __popc(there & ~(there + 1));  // those before the first that is not
+        ptx::GlobalProxyFence();
+      }
+    };
     if (early > 0) {
       for (stage = 0; stage < early; ++stage) {
-        expect(stage);
         if (copies && !is_tokens) copy();
       }
-      ptx::WaitForPrecedingKernels();
+      wait_for_rows();
       for (stage = 0; stage < early; ++stage) {
+        expect(stage);
         if (is_tokens) copy();
       }
       --stage;
       advance();
+    } else {
+      wait_for_rows();
     }
     // Not before the wait: dependents take for granted what the preceding kernels wrote.
     ptx::LaunchDependents();
@@ -158,16 +175,21 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
       if (next % run == 0) next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
       if (next < num_items) planned = p.plan.tiles[next / rows.count];
     };
-    if (run > 1) take_next();
-    for (int k = early; k < k_blocks; ++k) {
-      ptx::BarrierWait(empty + 8 * stage, parity);
-      expect(k);
-      if (copies) copy();
-      advance();
-    }
+    int k = early;
+    auto stream_until = [&](int end) {
+      for (; k < end; ++k) {
+        ptx::BarrierWait(empty + 8 * stage, parity);
+        expect(k);
+        if (copies) copy();
+        advance();
+      }
+    };
+    // Long before the next item, and where the ticket has had time to come.
+    if (run == 1) stream_until((early + k_blocks) / 2);
+    take_next();
+    stream_until(k_blocks);
     early = 0;
     slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
-    if (run == 1) take_next();
     i = next;
   }
   ptx::WaitForPrecedingKernels();  // also where there was no item

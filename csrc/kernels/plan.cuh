@@ -38,6 +38,7 @@ struct PlanBuilder {
       if (expert >= num_experts) break;
       plan.row_start[expert] = row_start[i];
       plan.size[expert] = size[i];
+      plan.slabs_done[expert] = plan.rows_ready[expert] = 0;
       for (int t = first_tile[i]; t < first_tile[i] + tiles[i]; ++t) {
         plan.tiles[t] = {expert, row_start[i], size[i], first_tile[i]};
       }

@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kRoutePairs)
   }
 }
 
-// places[pair], and the plan.
+// places[pair], the tags of their rows, and the plan.
 __global__ void __launch_bounds__(kRoutePairs)
     RankPairs(const int* __restrict__ topk_ids, int num_pairs, int num_experts, int tile_tokens,
-              const int* block_counts, Plan plan, Place* places) {
+              const int* block_counts, Plan plan, Place* places, int* row_tags) {
   using Builder = PlanBuilder<kRoutePairs>;
   __shared__ Builder::Shared scratch;
   __shared__ int first[kMaxExperts + 1], next[kMaxExperts + 1];
@@ -86,7 +86,9 @@ __global__ void __launch_bounds__(kRoutePairs)
     }
   }
   if (pair < num_pairs) {
-    places[pair] = {row, expert < num_experts ? (row - first[expert]) % 8 : -1};
+    const int phase = expert < num_experts ? (row - first[expert]) % 8 : -1;
+    places[pair] = {row, phase};
+    row_tags[row] = RowTag(expert, phase);
   }
 }
 

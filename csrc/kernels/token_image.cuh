@@ -19,10 +19,11 @@ inline constexpr int kImageThreads = 128;
 // --- placements ---
 //
 // HasRow: whether the row goes anywhere; asked before the preceding kernel is complete.
+// Wait: until the row of the source is there. Done: it has been written, by all threads.
 // kLaunchFirst: the next kernel may start before the preceding one is complete. It may not where it
 // takes a plan for granted that the preceding one makes.
 
-inline constexpr int kMaxCountedPairs = 1024;  // more are placed by route.cuh's kernels
+inline constexpr int kMaxCountedPairs = 2048;  // more are placed by route.cuh's kernels
 
 // Few tokens to the rows of their experts, by counting: the row of a pair is the number of pairs
 // with a smaller expert, or with the same expert and an earlier place. One more block writes the
@@ -31,8 +32,8 @@ struct PlaceByCounting {
   const int* topk_ids;  // [num_pairs]
   int num_pairs, top_k, num_experts, tile_tokens;
   Plan plan;
-  Place* places;   // [num_pairs], written
-  int* row_phase;  // [num_pairs], written
+  Place* places;  // [num_pairs], written
+  int* row_tags;  // [num_pairs], written
 
   using Builder = PlanBuilder<kImageThreads>;
   static constexpr bool kLaunchFirst = true;
@@ -46,6 +47,8 @@ struct PlaceByCounting {
 
   __device__ __forceinline__ int Count() const { return top_k; }
   __device__ __forceinline__ bool HasRow(int token) const { return token * top_k < num_pairs; }
+  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
+  __device__ __forceinline__ void Done(int) const {}
   __device__ __forceinline__ bool Begin(Shared& shared, int token) const {
     if (!HasRow(token)) {
       BuildPlan(shared);
@@ -66,7 +69,7 @@ struct PlaceByCounting {
       if (lane == 0) {
         const int row = smaller + earlier, phase = expert < num_experts ? earlier % 8 : -1;
         shared.place[slot] = places[pair] = {row, phase};
-        row_phase[row] = phase;
+        row_tags[row] = RowTag(expert, phase);
       }
     }
     __syncthreads();
@@ -98,37 +101,54 @@ struct PlaceByCounting {
 struct PlaceByTable {
   const Place* places;  // [tokens, top_k]
   int top_k;
-  int* row_phase;  // written
 
   static constexpr bool kLaunchFirst = false;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return top_k; }
   __device__ __forceinline__ bool HasRow(int) const { return true; }
-  __device__ __forceinline__ bool Begin(Shared&, int token) const {
-    if (threadIdx.x < top_k) {
-      const Place place = places[token * top_k + threadIdx.x];
-      row_phase[place.row] = place.phase;
-    }
-    return true;
-  }
+  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
+  __device__ __forceinline__ void Done(int) const {}
+  __device__ __forceinline__ bool Begin(Shared&, int) const { return true; }
   __device__ __forceinline__ Place At(const Shared&, int token, int slot) const {
     return places[token * top_k + slot];
   }
 };
 
-// Rows that stay where they are, with their phases known.
+// Rows of h, which stay where they are. An expert's rows are taken as soon as the grouped GEMM that
+// writes them says that they are there, and handed to the next one by a count as well, so that an
+// expert need not wait for all others. That GEMM's CTAs have all begun when this kernel begins, and
+// this kernel's blocks when the next GEMM begins: who waits does so for somebody at work.
 struct PlaceInPlace {
-  const int* row_phase;
+  const int* row_tags;
+  Plan plan;
+  bool by_counts;          // or when that GEMM is complete
+  int slabs, tile_tokens;  // of that GEMM
 
   static constexpr bool kLaunchFirst = true;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return 1; }
-  __device__ __forceinline__ bool HasRow(int row) const { return row_phase[row] >= 0; }
+  __device__ __forceinline__ bool HasRow(int row) const { return row_tags[row] != kNoExpert; }
+  __device__ __forceinline__ void Wait(int row) const {
+    if (!by_counts) return ptx::WaitForPrecedingKernels();
+    if (HasRow(row) && threadIdx.x == 0) {
+      const int expert = row_tags[row] / 8;
+      const int tiles = (plan.size[expert] + tile_tokens - 1) / tile_tokens;
+      while (ptx::LoadAcquire(plan.slabs_done + expert) != tiles * slabs) __nanosleep(50);
+    }
+    __syncthreads();
+  }
   __device__ __forceinline__ bool Begin(Shared&, int row) const { return HasRow(row); }
   __device__ __forceinline__ Place At(const Shared&, int row, int) const {
-    return {row, row_phase[row]};
+    return {row, row_tags[row] % 8};
+  }
+  __device__ __forceinline__ void Done(int row) const {
+    if (!by_counts) return;
+    __syncthreads();
+    if (threadIdx.x == 0 && HasRow(row)) ptx::AddOneRelease(plan.rows_ready + row_tags[row] / 8);
+    // Who waits for all of this kernel waits for the one before it too.
+    if (row + 1 == gridDim.x) ptx::WaitForPrecedingKernels();
   }
 };
 
@@ -137,7 +157,7 @@ struct PlaceByGroup {
   Plan plan;
   int num_experts;
   int rows_per_expert;  // as in PlanGroups
-  int* row_phase;       // written; may be null
+  int* row_tags;        // written; may be null
   uint8_t* out;         // the op's result
   int64_t out_bytes;    // of a row, a multiple of 16
 
@@ -149,6 +169,8 @@ struct PlaceByGroup {
 
   __device__ __forceinline__ int Count() const { return 1; }
   __device__ __forceinline__ bool HasRow(int) const { return true; }
+  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
+  __device__ __forceinline__ void Done(int) const {}
   __device__ __forceinline__ bool Begin(Shared& shared, int row) const {
     int expert;
     if (rows_per_expert) {
@@ -169,7 +191,7 @@ struct PlaceByGroup {
     const bool live = in_expert < plan.size[expert];
     if (threadIdx.x == 0) {
       shared.phase = live ? in_expert % 8 : -1;
-      if (row_phase) row_phase[row] = shared.phase;
+      if (row_tags) row_tags[row] = RowTag(expert, shared.phase);
     }
     __syncthreads();
     if (live) return true;
@@ -194,7 +216,7 @@ __global__ void __launch_bounds__(kImageThreads)
   const int row = blockIdx.x, chunks = (source.width + 127) / 128 * 8;
   if constexpr (Placement::kLaunchFirst) ptx::LaunchDependents();
   const bool has_row = placement.HasRow(row);
-  ptx::WaitForPrecedingKernels();
+  placement.Wait(row);
   if constexpr (!Placement::kLaunchFirst) ptx::LaunchDependents();
   typename Source::Raw kept[kKeptChunks]{};
   if (has_row) {  // before it is known where to: loads take time
@@ -204,7 +226,7 @@ __global__ void __launch_bounds__(kImageThreads)
       if (chunk < chunks) kept[i] = source.Load(row, chunk);
     }
   }
-  if (!placement.Begin(shared, row)) return;
+  if (!placement.Begin(shared, row)) return placement.Done(row);
   uint32_t amax_bits = 0;
 #pragma unroll
   for (int i = 0; i < kKeptChunks; ++i) amax_bits = max(amax_bits, Source::AbsMax(kept[i]));
@@ -235,6 +257,7 @@ __global__ void __launch_bounds__(kImageThreads)
   for (int chunk = threadIdx.x + kKept; chunk < chunks; chunk += kImageThreads) {
     write(chunk, source.Load(row, chunk));
   }
+  placement.Done(row);
 }
 
 }  // namespace jax_w4moe

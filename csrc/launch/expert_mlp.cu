@@ -20,7 +20,7 @@ cudaError_t LaunchExpertMlp(const ExpertMlpParams& p, cudaStream_t stream) {
               num_rows,
               Groups{p.group_sizes, static_cast<int>(p.experts.num_experts),
                      static_cast<int>(p.rows_per_expert), static_cast<int>(p.experts.tile_tokens),
-                     ws.plan, ws.row_phase, p.out, 2 * p.experts.hidden_size},
+                     ws.plan, ws.row_tags, p.out, 2 * p.experts.hidden_size},
               ws.x, stream);
   return LaunchExperts(p.experts, ws, num_rows, true, FewPairs{},
                        static_cast<__nv_bfloat16*>(p.out), stream);

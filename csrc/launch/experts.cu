@@ -35,7 +35,7 @@ Epilogue FirstEpilogue(const Experts& e, const ExpertsWorkspace& ws, __nv_bfloat
 
 ExpertsWorkspace::ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena)
     : plan(Plan::At(arena.Take<uint8_t>(Plan::Bytes(rows, experts.num_experts)))),
-      row_phase(arena.Take<int>(rows)),
+      row_tags(arena.Take<int>(rows)),
       x(TakeImage(arena, experts.w13_k_blocks * experts.operands.Panels(), rows)),
       h_image(TakeImage(arena, experts.w2_k_blocks * experts.operands.Panels(), rows)),
       h(arena.Take<__nv_bfloat16>(rows * experts.w13_row_blocks * 32)) {}
@@ -46,18 +46,27 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   int num_sms = 0;
   const cudaError_t status = NumSms(&num_sms);
   if (status != cudaSuccess) return status;
+  // Experts are handed over one by one where w13's items can end at different times, more than one
+  // on an SM, and there are not so many rows that counting them takes longer than it saves.
+  constexpr int kMaxCountedRows = 1 << 14;
+  const bool by_counts =
+      num_rows <= kMaxCountedRows && num_rows * ((e.w13_row_blocks + 2) / 3) > num_sms;
   Epilogue epilogue = FirstEpilogue(e, ws, out);
-  LaunchGroupedGemm(e.operands, e.tile_tokens,
-                    GroupedGemmParams{W13(e), ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0,
-                                      plan_is_old, few},
-                    epilogue, num_sms, stream);
-  LaunchRequantize(Rows{ws.h, nullptr, WidthOfH(e), e.operands, e.h_rule}, num_rows, ws.row_phase,
+  LaunchGroupedGemm(
+      e.operands, e.tile_tokens,
+      GroupedGemmParams{W13(e), ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0, plan_is_old,
+                        few, by_counts, false, static_cast<int>(e.num_experts)},
+      epilogue, num_sms, stream);
+  LaunchRequantize(Rows{ws.h, nullptr, WidthOfH(e), e.operands, e.h_rule}, num_rows,
+                   Handover{ws.row_tags, ws.plan, by_counts, static_cast<int>(e.w13_row_blocks),
+                            static_cast<int>(e.tile_tokens)},
                    ws.h_image, stream);
   epilogue.kind = EpilogueKind::kStore;
-  LaunchGroupedGemm(e.operands, e.tile_tokens,
-                    GroupedGemmParams{W2(e), ws.h_image.data, ws.h_image.row_scale, ws.plan,
-                                      ws.h_image.num_rows, 1, true, FewPairs{}},
-                    epilogue, num_sms, stream);
+  LaunchGroupedGemm(
+      e.operands, e.tile_tokens,
+      GroupedGemmParams{W2(e), ws.h_image.data, ws.h_image.row_scale, ws.plan, ws.h_image.num_rows,
+                        1, true, FewPairs{}, false, by_counts, static_cast<int>(e.num_experts)},
+      epilogue, num_sms, stream);
   return cudaGetLastError();
 }
 

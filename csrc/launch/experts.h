@@ -37,7 +37,7 @@ struct Experts {
 // Parts of a workspace for `rows` rows.
 struct ExpertsWorkspace {
   Plan plan;
-  int* row_phase;
+  int* row_tags;
   TokenImage x;
   TokenImage h_image;
   __nv_bfloat16* h;
@@ -45,7 +45,7 @@ struct ExpertsWorkspace {
   ExpertsWorkspace(const Experts& experts, int64_t rows, Arena& arena);
 };
 
-// From x in the workspace, placed as plan and row_phase say, to out bf16[rows, H], row by row;
+// From x in the workspace, placed as plan and row_tags say, to out bf16[rows, H], row by row;
 // rows of no expert are not written. plan_is_old: the plan was complete before the preceding kernel
 // began; few: what it is made from, if that is little and was complete.
 cudaError_t LaunchExperts(const Experts& experts, const ExpertsWorkspace& workspace, int num_rows,

@@ -79,7 +79,7 @@ cudaError_t LaunchChunk(const Experts& e, const Workspace& ws, const Chunk& chun
   LaunchRoute(Rows{chunk.x, chunk.x_scale, static_cast<int>(e.hidden_size), e.operands, e.x_rule},
               chunk.num_tokens,
               Routing{chunk.topk_ids, top_k, num_experts, static_cast<int>(e.tile_tokens),
-                      ws.block_counts, ws.experts.plan, ws.places, ws.experts.row_phase},
+                      ws.block_counts, ws.experts.plan, ws.places, ws.experts.row_tags},
               ws.experts.x, stream);
   FewPairs few{};
   if (num_pairs <= kFewPairs) few = {chunk.topk_ids, num_pairs, num_experts};

@@ -30,8 +30,8 @@ struct Routing {
   int tile_tokens;
   int* block_counts;  // CountedBlocks(pairs) * (num_experts + 1)
   Plan plan;
-  Place* places;   // [tokens, top_k]
-  int* row_phase;  // [tokens * top_k]
+  Place* places;  // [tokens, top_k]
+  int* row_tags;  // [tokens * top_k]
 };
 
 // Blocks of pairs whose experts are counted apart.
@@ -48,8 +48,8 @@ struct Groups {
   int rows_per_expert;  // 0: one group behind the other (PlanGroups)
   int tile_tokens;
   Plan plan;
-  int* row_phase;  // [rows], written, or null
-  void* out;       // rows of no group are set to zero
+  int* row_tags;  // [rows], written, or null
+  void* out;      // rows of no group are set to zero
   int64_t out_bytes;
 };
 
@@ -57,8 +57,18 @@ struct Groups {
 void LaunchGroup(const Rows& rows, int num_rows, const Groups& groups, const TokenImage& image,
                  cudaStream_t stream);
 
-// bf16 rows whose phases are known.
-void LaunchRequantize(const Rows& h, int num_rows, const int* row_phase, const TokenImage& image,
-                      cudaStream_t stream);
+// Between two grouped GEMMs of a plan: whose rows they are, and what the first one's slabs and
+// token tiles are.
+struct Handover {
+  const int* row_tags;  // [rows]
+  Plan plan;
+  bool by_counts;
+  int slabs;
+  int tile_tokens;
+};
+
+// bf16 rows that the preceding kernel writes and counts, for the following one.
+void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
+                      const TokenImage& image, cudaStream_t stream);
 
 }  // namespace jax_w4moe

@@ -55,6 +55,22 @@ __device__ __forceinline__ void LaunchDependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// Counts in global memory that one kernel tells another by: what the threads of this one's block or
+// warp wrote before their last barrier can be read by who has read the count it added to.
+__device__ __forceinline__ void AddOneRelease(int* count) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ int LoadAcquire(const int* count) {
+  int now;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+  return now;
+}
+
+// Bulk copies that this thread asks for from here on read what it could read itself.
+__device__ __forceinline__ void GlobalProxyFence() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 __device__ __forceinline__ void BarrierInit(uint32_t mbarrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals));
 }

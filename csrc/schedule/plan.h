@@ -29,6 +29,9 @@ struct Plan {
   Head* head;
   int* row_start;  // [E]
   int* size;       // [E]
+  // What becomes of an expert's rows, zero at first:
+  int* slabs_done;  // [E], slabs of its token tiles whose part of h is there
+  int* rows_ready;  // [E], rows that the image of h holds
   PlannedTile* tiles;
 
   // Each expert has at most one tile that is not full.
@@ -38,13 +41,17 @@ struct Plan {
   }
   static Plan At(uint8_t* workspace) {
     int* starts = reinterpret_cast<int*>(workspace + kStartsAt);
-    return {reinterpret_cast<Head*>(workspace), starts, starts + kMaxExperts,
+    return {reinterpret_cast<Head*>(workspace),
+            starts,
+            starts + kMaxExperts,
+            starts + 2 * kMaxExperts,
+            starts + 3 * kMaxExperts,
             reinterpret_cast<PlannedTile*>(workspace + kTilesAt)};
   }
 
  private:
   static constexpr int kStartsAt = 128;
-  static constexpr int kTilesAt = kStartsAt + 2 * 4 * kMaxExperts;
+  static constexpr int kTilesAt = kStartsAt + 4 * 4 * kMaxExperts;
 };
 
 // Few pairs, whose ids say all that a plan does.

@@ -12,6 +12,14 @@ struct Place {
   int phase;
 };
 
+// A row's expert and its phase as one number, or kNoExpert.
+inline constexpr int kNoExpert = -1;
+#ifdef __CUDACC__
+__device__ __forceinline__ int RowTag(int expert, int phase) {
+  return phase < 0 ? kNoExpert : expert * 8 + phase;
+}
+#endif
+
 // Rows as the shared-memory image that WGMMA reads: [K/128][panels][rows][128 B], one panel of E4M3
 // or two of bf16, the 128-byte swizzle by phase, K permuted as in the weights (docs/layout.md). A
 // panel of a tile of tokens is one contiguous copy.

@@ -22,11 +22,11 @@ _MIN_TILE_TOKENS = 32
 def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
     """Bytes of a plan and of parts that start at multiples of 128.
 
-    The plan (csrc/schedule/plan.h): its head, two numbers per expert that there may be, and a
+    The plan (csrc/schedule/plan.h): its head, four numbers per expert that there may be, and a
     tile of 16 bytes for all full tiles and one per expert that is not full.
     """
     max_tiles = num_rows // _MIN_TILE_TOKENS + min(num_rows, num_experts)
-    plan = 128 + 2 * 4 * _MAX_EXPERTS + 16 * max_tiles
+    plan = 128 + 4 * 4 * _MAX_EXPERTS + 16 * max_tiles
     return sum(round_up(part, 128) for part in [plan, *parts])
 
 
