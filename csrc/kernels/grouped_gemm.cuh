@@ -44,7 +44,7 @@ __device__ __forceinline__ void StoreItems(const Epilogue& epilogue, int* counts
     ptx::BarrierArrive(drained);
     if (counts) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::AddOneRelease(counts + expert);
+      ptx::AddOneRelease(counts + expert, threadIdx.x % 32 == 0);
     }
   }
 }
@@ -254,7 +254,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
           job.first_row = tile.first_row;
           job.slab = tile.slab;
           job.live = tile.live;
-          job.expert = tile.expert;
+          job.expert = item.expert;
         }
       }
       epilogue.WithKind([&](const auto& finish) {

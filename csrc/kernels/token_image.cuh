@@ -146,7 +146,9 @@ struct PlaceInPlace {
   __device__ __forceinline__ void Done(int row) const {
     if (!by_counts) return;
     __syncthreads();
-    if (threadIdx.x == 0 && HasRow(row)) ptx::AddOneRelease(plan.rows_ready + row_tags[row] / 8);
+    if (HasRow(row)) {
+      ptx::AddOneRelease(plan.rows_ready + row_tags[row] / 8, threadIdx.x == 0);
+    }
     // Who waits for all of this kernel waits for the one before it too.
     if (row + 1 == gridDim.x) ptx::WaitForPrecedingKernels();
   }

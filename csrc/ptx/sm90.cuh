@@ -57,8 +57,16 @@ __device__ __forceinline__ void LaunchDependents() {
 
 // Counts in global memory that one kernel tells another by: what the threads of this one's block or
 // warp wrote before their last barrier can be read by who has read the count it added to.
-__device__ __forceinline__ void AddOneRelease(int* count) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+// Predicated: a branch there costs the warpgroups that multiply registers.
+__device__ __forceinline__ void AddOneRelease(int* count, bool is_one) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_one;\n"
+      "setp.ne.u32 is_one, %1, 0;\n"
+      "@is_one red.release.gpu.global.add.s32 [%0], 1;\n"
+      "}" ::"l"(count),
+      "r"(static_cast<uint32_t>(is_one))
+      : "memory");
 }
 __device__ __forceinline__ int LoadAcquire(const int* count) {
   int now;
