@@ -136,9 +136,9 @@ def test_one_wide_token_alone(act_dtype: jnp.dtype) -> None:
         assert_bitwise(alone, together[:1])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 32, 33])
+@pytest.mark.parametrize("num_tokens", [1, 33, 64, 65])
 def test_most_experts_and_slots(num_tokens: int) -> None:
-    """E = 1,024 and k = 32, routed by one block (up to 1,024 pairs) and by several."""
+    """E = 1,024 and k = 32, placed by counting (up to 2,048 pairs) and by blocks of pairs."""
     _check((64, 32, 1024, 32), num_tokens)
     _check((64, 32, 1024, 32), num_tokens, "duplicates")
 

@@ -18,8 +18,10 @@ LAYERS = (  # H, I, E, k and the format
     ((96, 32, 5, 3), w4.MXFP4),
     ((256, 128, 4, 2), w4.INT4_G128),
     ((96, 32, 5, 3), w4.INT4_G32),
+    ((96, 32, 5, 3), w4.MXFP4_WIDE),
+    ((96, 32, 5, 3), w4.NVFP4),
 )
-NUM_TOKENS = (1, 9, 65, 700)  # the last is routed by several blocks
+NUM_TOKENS = (1, 9, 65, 1100)  # the last is routed by several blocks
 
 
 def _to_gpu(tree: Any) -> Any:
