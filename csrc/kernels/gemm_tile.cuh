@@ -33,8 +33,8 @@ struct GroupedGemmTile {
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
   // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
-  // leave 12,288 of an SM's to blocks of the next kernel, which wait there for this one's end, and
-  // to which the decoders that promote more often leave none.
+  // leave 12,288 of an SM's to blocks of the next kernel, which wait there for what this one
+  // writes; decoders that promote more often need them themselves.
   static constexpr bool kLeavesRegisters = kTokens <= 64 && Decoder::kGroups == 1;
   static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
   static constexpr int kMathRegisters = kWarpgroups == 2 ? 232 : kLeavesRegisters ? 120 : 152;

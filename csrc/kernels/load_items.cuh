@@ -45,12 +45,12 @@ struct GroupedGemmParams {
   const float* row_scale;  // [image_rows]
   Plan plan;
   int64_t image_rows;
-  int ticket;           // which of the plan's
-  bool plan_is_old;     // the plan was complete before the preceding kernel began
-  FewPairs few_pairs;   // what the plan is made from, complete as well; or none
-  bool counts_slabs;    // in the plan, as they are stored
-  bool waits_for_rows;  // by the plan's counts, not for the preceding kernel as a whole
-  int num_experts;      // of the plan
+  int ticket;                   // which of the plan's
+  bool plan_is_old;             // the plan was complete before the preceding kernel began
+  FewPairs few_pairs;           // what the plan is made from, complete as well; or none
+  bool counts_slabs = false;    // in the plan, as they are stored
+  bool waits_for_rows = false;  // by the plan's counts, not for the preceding kernel as a whole
+  int num_experts = 0;          // of the plan, where rows are waited for
 };
 
 inline constexpr int kNoMoreItems = -1;  // as an item's width

@@ -25,10 +25,16 @@ inline constexpr int kImageThreads = 128;
 
 inline constexpr int kMaxCountedPairs = 2048;  // more are placed by route.cuh's kernels
 
+// Of placements whose source the preceding kernels have written when they are complete.
+struct AfterPrecedingKernels {
+  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
+  __device__ __forceinline__ void Done(int) const {}
+};
+
 // Few tokens to the rows of their experts, by counting: the row of a pair is the number of pairs
 // with a smaller expert, or with the same expert and an earlier place. One more block writes the
 // plan.
-struct PlaceByCounting {
+struct PlaceByCounting : AfterPrecedingKernels {
   const int* topk_ids;  // [num_pairs]
   int num_pairs, top_k, num_experts, tile_tokens;
   Plan plan;
@@ -47,8 +53,6 @@ struct PlaceByCounting {
 
   __device__ __forceinline__ int Count() const { return top_k; }
   __device__ __forceinline__ bool HasRow(int token) const { return token * top_k < num_pairs; }
-  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
-  __device__ __forceinline__ void Done(int) const {}
   __device__ __forceinline__ bool Begin(Shared& shared, int token) const {
     if (!HasRow(token)) {
       BuildPlan(shared);
@@ -98,7 +102,7 @@ struct PlaceByCounting {
 };
 
 // Tokens to the rows that RankPairs gave them.
-struct PlaceByTable {
+struct PlaceByTable : AfterPrecedingKernels {
   const Place* places;  // [tokens, top_k]
   int top_k;
 
@@ -107,8 +111,6 @@ struct PlaceByTable {
 
   __device__ __forceinline__ int Count() const { return top_k; }
   __device__ __forceinline__ bool HasRow(int) const { return true; }
-  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
-  __device__ __forceinline__ void Done(int) const {}
   __device__ __forceinline__ bool Begin(Shared&, int) const { return true; }
   __device__ __forceinline__ Place At(const Shared&, int token, int slot) const {
     return places[token * top_k + slot];
@@ -120,34 +122,33 @@ struct PlaceByTable {
 // expert need not wait for all others. That GEMM's CTAs have all begun when this kernel begins, and
 // this kernel's blocks when the next GEMM begins: who waits does so for somebody at work.
 struct PlaceInPlace {
-  const int* row_tags;
-  Plan plan;
-  bool by_counts;          // or when that GEMM is complete
-  int slabs, tile_tokens;  // of that GEMM
+  Handover from;
 
   static constexpr bool kLaunchFirst = true;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return 1; }
-  __device__ __forceinline__ bool HasRow(int row) const { return row_tags[row] != kNoExpert; }
+  __device__ __forceinline__ bool HasRow(int row) const { return from.row_tags[row] != kNoExpert; }
   __device__ __forceinline__ void Wait(int row) const {
-    if (!by_counts) return ptx::WaitForPrecedingKernels();
+    if (!from.by_counts) return ptx::WaitForPrecedingKernels();
     if (HasRow(row) && threadIdx.x == 0) {
-      const int expert = row_tags[row] / 8;
-      const int tiles = (plan.size[expert] + tile_tokens - 1) / tile_tokens;
-      while (ptx::LoadAcquire(plan.slabs_done + expert) != tiles * slabs) __nanosleep(50);
+      const int expert = TagExpert(from.row_tags[row]);
+      const int tiles = (from.plan.size[expert] + from.tile_tokens - 1) / from.tile_tokens;
+      while (ptx::LoadAcquire(from.plan.slabs_done + expert) != tiles * from.slabs) {
+        __nanosleep(50);
+      }
     }
     __syncthreads();
   }
   __device__ __forceinline__ bool Begin(Shared&, int row) const { return HasRow(row); }
   __device__ __forceinline__ Place At(const Shared&, int row, int) const {
-    return {row, row_tags[row] % 8};
+    return {row, TagPhase(from.row_tags[row])};
   }
   __device__ __forceinline__ void Done(int row) const {
-    if (!by_counts) return;
+    if (!from.by_counts) return;
     __syncthreads();
     if (HasRow(row)) {
-      ptx::AddOneRelease(plan.rows_ready + row_tags[row] / 8, threadIdx.x == 0);
+      ptx::AddOneRelease(from.plan.rows_ready + TagExpert(from.row_tags[row]), threadIdx.x == 0);
     }
     // Who waits for all of this kernel waits for the one before it too.
     if (row + 1 == gridDim.x) ptx::WaitForPrecedingKernels();
@@ -155,7 +156,7 @@ struct PlaceInPlace {
 };
 
 // Rows that stay where they are, grouped as a plan says. Rows of no group get a zero row in `out`.
-struct PlaceByGroup {
+struct PlaceByGroup : AfterPrecedingKernels {
   Plan plan;
   int num_experts;
   int rows_per_expert;  // as in PlanGroups
@@ -171,8 +172,6 @@ struct PlaceByGroup {
 
   __device__ __forceinline__ int Count() const { return 1; }
   __device__ __forceinline__ bool HasRow(int) const { return true; }
-  __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
-  __device__ __forceinline__ void Done(int) const {}
   __device__ __forceinline__ bool Begin(Shared& shared, int row) const {
     int expert;
     if (rows_per_expert) {

@@ -48,25 +48,25 @@ cudaError_t LaunchExperts(const Experts& e, const ExpertsWorkspace& ws, int num_
   if (status != cudaSuccess) return status;
   // Experts are handed over one by one where w13's items can end at different times, more than one
   // on an SM, and there are not so many rows that counting them takes longer than it saves.
-  constexpr int kMaxCountedRows = 1 << 14;
-  const bool by_counts =
-      num_rows <= kMaxCountedRows && num_rows * ((e.w13_row_blocks + 2) / 3) > num_sms;
+  constexpr int kMaxCountedRows = 1 << 14, kItemSlabs = 3;  // at most
+  const bool by_counts = num_rows <= kMaxCountedRows &&
+                         num_rows * ((e.w13_row_blocks + kItemSlabs - 1) / kItemSlabs) > num_sms;
   Epilogue epilogue = FirstEpilogue(e, ws, out);
-  LaunchGroupedGemm(
-      e.operands, e.tile_tokens,
-      GroupedGemmParams{W13(e), ws.x.data, ws.x.row_scale, ws.plan, ws.x.num_rows, 0, plan_is_old,
-                        few, by_counts, false, static_cast<int>(e.num_experts)},
-      epilogue, num_sms, stream);
+  GroupedGemmParams first{W13(e),        ws.x.data, ws.x.row_scale, ws.plan,
+                          ws.x.num_rows, 0,         plan_is_old,    few};
+  first.counts_slabs = by_counts;
+  LaunchGroupedGemm(e.operands, e.tile_tokens, first, epilogue, num_sms, stream);
   LaunchRequantize(Rows{ws.h, nullptr, WidthOfH(e), e.operands, e.h_rule}, num_rows,
                    Handover{ws.row_tags, ws.plan, by_counts, static_cast<int>(e.w13_row_blocks),
                             static_cast<int>(e.tile_tokens)},
                    ws.h_image, stream);
   epilogue.kind = EpilogueKind::kStore;
-  LaunchGroupedGemm(
-      e.operands, e.tile_tokens,
-      GroupedGemmParams{W2(e), ws.h_image.data, ws.h_image.row_scale, ws.plan, ws.h_image.num_rows,
-                        1, true, FewPairs{}, false, by_counts, static_cast<int>(e.num_experts)},
-      epilogue, num_sms, stream);
+  GroupedGemmParams second{W2(e),   ws.h_image.data,     ws.h_image.row_scale,
+                           ws.plan, ws.h_image.num_rows, 1,
+                           true,    FewPairs{}};
+  second.waits_for_rows = by_counts;
+  second.num_experts = static_cast<int>(e.num_experts);
+  LaunchGroupedGemm(e.operands, e.tile_tokens, second, epilogue, num_sms, stream);
   return cudaGetLastError();
 }
 

@@ -41,8 +41,7 @@ cudaError_t LaunchGroupedMatmul(const GroupedMatmulParams& p, cudaStream_t strea
   const Records weights{static_cast<const uint8_t*>(p.records), static_cast<int>(p.row_blocks),
                         static_cast<int>(p.k_blocks)};
   const GroupedGemmParams gemm{
-      weights, ws.image.data, ws.image.row_scale, ws.plan, ws.image.num_rows, 0, true, FewPairs{},
-      false,   false,         num_experts};
+      weights, ws.image.data, ws.image.row_scale, ws.plan, ws.image.num_rows, 0, true, FewPairs{}};
   const int columns = static_cast<int>(p.num_columns);
   const Epilogue epilogue{p.out_is_f32 ? EpilogueKind::kStoreF32 : EpilogueKind::kStore, Gated{},
                           ScaledStore{p.out, nullptr, columns, p.gate_up}};

@@ -33,8 +33,9 @@ void LaunchRoute(const Rows& tokens, int num_tokens, const Routing& r, const Tok
   const int num_pairs = num_tokens * r.top_k;
   const int blocks = static_cast<int>(CountedBlocks(num_pairs));
   if (blocks == 0) {
-    const PlaceByCounting placement{r.topk_ids,    num_pairs, r.top_k,  r.num_experts,
-                                    r.tile_tokens, r.plan,    r.places, r.row_tags};
+    const PlaceByCounting placement{{},      r.topk_ids,    num_pairs,
+                                    r.top_k, r.num_experts, r.tile_tokens,
+                                    r.plan,  r.places,      r.row_tags};
     WithSource(tokens, placement, image, [&](auto kernel, auto... args) {
       kernel<<<num_tokens + 1, kImageThreads, 0, stream>>>(args...);
     });
@@ -44,7 +45,7 @@ void LaunchRoute(const Rows& tokens, int num_tokens, const Routing& r, const Tok
                                                  r.block_counts);
   LaunchDependent(RankPairs, blocks, kRoutePairs, 0, stream, r.topk_ids, num_pairs, r.num_experts,
                   r.tile_tokens, r.block_counts, r.plan, r.places, r.row_tags);
-  WithSource(tokens, PlaceByTable{r.places, r.top_k}, image, [&](auto kernel, auto... args) {
+  WithSource(tokens, PlaceByTable{{}, r.places, r.top_k}, image, [&](auto kernel, auto... args) {
     LaunchDependent(kernel, num_tokens, kImageThreads, 0, stream, args...);
   });
 }
@@ -53,9 +54,13 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
                  cudaStream_t stream) {
   PlanGroups<<<1, kMaxExperts, 0, stream>>>(g.group_sizes, g.num_experts, num_rows,
                                             g.rows_per_expert, g.tile_tokens, g.plan);
-  const PlaceByGroup placement{
-      g.plan,     g.num_experts, g.rows_per_expert, g.row_tags, static_cast<uint8_t*>(g.out),
-      g.out_bytes};
+  const PlaceByGroup placement{{},
+                               g.plan,
+                               g.num_experts,
+                               g.rows_per_expert,
+                               g.row_tags,
+                               static_cast<uint8_t*>(g.out),
+                               g.out_bytes};
   WithSource(rows, placement, image, [&](auto kernel, auto... args) {
     LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
   });
@@ -63,9 +68,7 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
 
 void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
                       const TokenImage& image, cudaStream_t stream) {
-  const PlaceInPlace placement{handover.row_tags, handover.plan, handover.by_counts, handover.slabs,
-                               handover.tile_tokens};
-  WithSource(h, placement, image, [&](auto kernel, auto... args) {
+  WithSource(h, PlaceInPlace{handover}, image, [&](auto kernel, auto... args) {
     LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
   });
 }

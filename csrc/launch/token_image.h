@@ -57,16 +57,6 @@ struct Groups {
 void LaunchGroup(const Rows& rows, int num_rows, const Groups& groups, const TokenImage& image,
                  cudaStream_t stream);
 
-// Between two grouped GEMMs of a plan: whose rows they are, and what the first one's slabs and
-// token tiles are.
-struct Handover {
-  const int* row_tags;  // [rows]
-  Plan plan;
-  bool by_counts;
-  int slabs;
-  int tile_tokens;
-};
-
 // bf16 rows that the preceding kernel writes and counts, for the following one.
 void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
                       const TokenImage& image, cudaStream_t stream);

@@ -54,6 +54,16 @@ struct Plan {
   static constexpr int kTilesAt = kStartsAt + 4 * 4 * kMaxExperts;
 };
 
+// Between two grouped GEMMs of a plan: whose rows they are, and what the first one's slabs and
+// token tiles are.
+struct Handover {
+  const int* row_tags;  // [rows]
+  Plan plan;
+  bool by_counts;  // expert by expert, or when the first one is complete
+  int slabs;
+  int tile_tokens;
+};
+
 // Few pairs, whose ids say all that a plan does.
 inline constexpr int kFewPairs = 32;
 struct FewPairs {

@@ -18,6 +18,8 @@ inline constexpr int kNoExpert = -1;
 __device__ __forceinline__ int RowTag(int expert, int phase) {
   return phase < 0 ? kNoExpert : expert * 8 + phase;
 }
+__device__ __forceinline__ int TagExpert(int tag) { return tag / 8; }
+__device__ __forceinline__ int TagPhase(int tag) { return tag % 8; }
 #endif
 
 // Rows as the shared-memory image that WGMMA reads: [K/128][panels][rows][128 B], one panel of E4M3
