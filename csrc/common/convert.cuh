@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cutlass/numeric_conversion.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -27,28 +27,35 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-using E4m3 = cutlass::float_e4m3_t;
-using E5m2 = cutlass::float_e5m2_t;
+// The FP8 formats, by what cuda_fp8.h calls their interpretation.
+struct E4m3 {
+  static constexpr __nv_fp8_interpretation_t kInterpretation = __NV_E4M3;
+};
+struct E5m2 {
+  static constexpr __nv_fp8_interpretation_t kInterpretation = __NV_E5M2;
+};
 
 // Four f32 to four FP8 numbers in one word, v0 in the lowest byte.
 template <typename Fp8>
 __device__ __forceinline__ uint32_t PackFp8x4(float v0, float v1, float v2, float v3) {
-  cutlass::Array<float, 4> values;
-  values[0] = v0;
-  values[1] = v1;
-  values[2] = v2;
-  values[3] = v3;
-  const auto packed = cutlass::NumericArrayConverter<Fp8, float, 4>::convert(values);
-  return reinterpret_cast<const uint32_t&>(packed);
+  const uint32_t low =
+      __nv_cvt_float2_to_fp8x2(make_float2(v0, v1), __NV_SATFINITE, Fp8::kInterpretation);
+  const uint32_t high =
+      __nv_cvt_float2_to_fp8x2(make_float2(v2, v3), __NV_SATFINITE, Fp8::kInterpretation);
+  return low | high << 16;
 }
 
 // The inverse, exactly.
 template <typename Fp8>
 __device__ __forceinline__ void UnpackFp8x4(uint32_t packed, float (&values)[4]) {
-  const auto unpacked = cutlass::NumericArrayConverter<float, Fp8, 4>::convert(
-      reinterpret_cast<const cutlass::Array<Fp8, 4>&>(packed));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] = unpacked[i];
+  for (int i = 0; i < 2; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(packed >> (16 * i));
+    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, Fp8::kInterpretation);
+    const float2 floats = __half22float2(__half2(halves));
+    values[2 * i] = floats.x;
+    values[2 * i + 1] = floats.y;
+  }
 }
 
 // One f32 to the byte of an e4m3.

@@ -92,15 +92,18 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   // A ticket is for a run of items, of several where they are short, and asked for a run ahead: the
   // answer takes as long as several K128.
   const int run = max(kRunSteps / k_blocks, 1), first_item = blockIdx.x * run;
+  int in_run = 0;  // items of the run that came before
   if (!is_early) ptx::WaitForPrecedingKernels();
   const PlanOfFew few(p.few_pairs);
   const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
   const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
   const int num_items = num_tiles * rows.count;
   PlannedTile planned{};
+  int end_of_tile = 0;  // its items are below
   if (first_item < num_items) {
     const int tile = first_item / rows.count;
     planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
+    end_of_tile = (tile + 1) * rows.count;
   }
   __syncthreads();  // the barriers are there
 
@@ -169,11 +172,17 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
     }
     // Not before the wait: dependents take for granted what the preceding kernels wrote.
     ptx::LaunchDependents();
-    if (i % run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
+    if (in_run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
     int next = i + 1;
     auto take_next = [&] {
-      if (next % run == 0) next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
-      if (next < num_items) planned = p.plan.tiles[next / rows.count];
+      if (++in_run == run) {
+        in_run = 0;
+        next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
+      }
+      if (next < end_of_tile || next >= num_items) return;
+      const int tile = next / rows.count;
+      planned = p.plan.tiles[tile];
+      end_of_tile = (tile + 1) * rows.count;
     };
     int k = early;
     auto stream_until = [&](int end) {
