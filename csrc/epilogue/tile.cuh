@@ -13,6 +13,7 @@
 
 #include "common/convert.cuh"
 #include "ptx/sm90.cuh"
+#include "schedule/rows.cuh"
 
 namespace jax_w4moe {
 
@@ -24,8 +25,7 @@ struct EpilogueTile {
   int live;           // tokens that exist
   int64_t first_row;  // the first token's row
   uint32_t scales;    // f32 of each token, in shared memory
-  uint32_t staging;   // kStagingRow bytes of shared memory for each token of the item
-  int staged;         // tokens of the item that come before this tile
+  uint32_t staging;   // kStagingRow bytes of shared memory for each token
 
   __device__ __forceinline__ int Token(int i) const { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
   __device__ __forceinline__ int Row(int i) const {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void StageTransposed(const EpilogueTile& tile,
   const int warp = tile.thread / 32, lane = tile.thread % 32;
 #pragma unroll
   for (int group = 0; group < kTokens / 8; ++group) {
-    const int token = tile.staged + group * 8 + lane % 8;
+    const int token = group * 8 + lane % 8;
     const int chunk = kOctets == 2 ? warp * 2 + lane / 8 % 2 : warp;
     const uint32_t to = tile.staging + StagedAt(token, chunk, 4 * kOctets);
     if constexpr (kOctets == 2) {
@@ -69,7 +69,7 @@ struct StoreJob {
   int64_t first_row;
   int slab;
   int live;
-  int expert;
+  int finishes;  // the expert one of whose slabs is complete with this job, or kNoExpert
 };
 
 // What an epilogue makes of a job: where the first token's chunk goes, or null; bytes of a row.

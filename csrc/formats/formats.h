@@ -1,8 +1,7 @@
 // The weight formats that kernels are compiled for: the class; the name of its header, which is the
 // format's name in Python as well; the 32-bit scale words of a row and 128 of K; the order of K;
-// and the widest tile of tokens for FP8 activations (what promotes more often needs more registers,
-// or is not worth its compilation; jax_w4moe/ops/tiles.py has the same). CMakeLists.txt reads these
-// lines, too.
+// and the groups of 128 of K that have a sum each, since a scale each: 1, 4 of an instruction, 8 of
+// half a one (jax_w4moe/ops/tiles.py has the same). CMakeLists.txt reads these lines, too.
 #pragma once
 
 #include <string_view>
@@ -11,12 +10,12 @@
 #include "common/limits.h"
 #include "mainloop/activations.cuh"
 
-#define JAX_W4MOE_FORMATS(X)                        \
-  X(Mxfp4, mxfp4, 1, KOrder::kByLane, 288)          \
-  X(Int4G128, int4_g128, 1, KOrder::kByLane, 288)   \
-  X(Int4G32, int4_g32, 2, KOrder::kInOrder, 240)    \
-  X(Mxfp4Wide, mxfp4_wide, 1, KOrder::kInOrder, 96) \
-  X(Nvfp4, nvfp4, 3, KOrder::kInOrder, 96)
+#define JAX_W4MOE_FORMATS(X)                       \
+  X(Mxfp4, mxfp4, 1, KOrder::kByLane, 1)           \
+  X(Int4G128, int4_g128, 1, KOrder::kByLane, 1)    \
+  X(Int4G32, int4_g32, 2, KOrder::kInOrder, 4)     \
+  X(Mxfp4Wide, mxfp4_wide, 1, KOrder::kInOrder, 4) \
+  X(Nvfp4, nvfp4, 3, KOrder::kInOrder, 8)
 
 namespace jax_w4moe {
 
@@ -35,14 +34,14 @@ enum class WeightFormat {
 
 template <typename Format>
 struct FormatTraits;
-#define JAX_W4MOE_CASE(Format, name, scale_words, k_order, widest)                  \
+#define JAX_W4MOE_CASE(Format, name, scale_words, k_order, groups)                  \
   struct Format;                                                                    \
   template <>                                                                       \
   struct FormatTraits<Format> {                                                     \
     static constexpr int kScaleWords = scale_words;                                 \
     static constexpr int kRecordBytes = kCodeBytes + kRecordRows * 4 * kScaleWords; \
     static constexpr KOrder kKOrder = k_order;                                      \
-    static constexpr int kWidestFp8Tile = widest;                                   \
+    static constexpr int kGroups = groups;                                          \
   };
 JAX_W4MOE_FORMATS(JAX_W4MOE_CASE)
 #undef JAX_W4MOE_CASE
@@ -69,9 +68,8 @@ struct Operands {
   int RecordBytes() const {
     return WithFormat(weights, [](auto* format) { return Traits<decltype(format)>::kRecordBytes; });
   }
-  int WidestFp8Tile() const {
-    return WithFormat(weights,
-                      [](auto* format) { return Traits<decltype(format)>::kWidestFp8Tile; });
+  int Groups() const {
+    return WithFormat(weights, [](auto* format) { return Traits<decltype(format)>::kGroups; });
   }
   jax_w4moe::KOrder KOrder() const {
     return WithFormat(weights, [](auto* format) { return Traits<decltype(format)>::kKOrder; });

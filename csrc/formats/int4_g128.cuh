@@ -6,8 +6,6 @@
 namespace jax_w4moe {
 
 struct Int4G128 : Int4Codes {
-  static constexpr int kGroups = 1;
-
   using Scales = float2;
   static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
     const uint2 words = ScaleWords(record, thread);

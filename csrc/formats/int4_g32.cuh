@@ -8,8 +8,6 @@
 namespace jax_w4moe {
 
 struct Int4G32 : Int4Codes {
-  static constexpr int kGroups = 4;
-
   // Two bf16 a word.
   using Scales = uint4;
   static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {

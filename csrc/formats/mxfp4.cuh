@@ -5,9 +5,8 @@
 //   Tables, LoadTables       what a thread keeps of it for a record
 //   DecodePlane              the A fragments of one of a record's two planes, from its codes
 //   kFewWidths               few widths of tiles are compiled: long code that is rarely used
-//   kGroups                  groups of K with a scale each: 1, 4 of an instruction, 8 of half a one
 //   Scales, LoadScales       what a thread keeps of the scales of rows g and g + 8
-//   Scale                    the f32 of a group, of one of the two
+//   Scale                    the f32 of a group (FormatTraits::kGroups), of one of the two
 #pragma once
 
 #include <cstdint>
@@ -19,7 +18,6 @@ namespace jax_w4moe {
 
 struct Mxfp4 {
   static constexpr bool kFewWidths = false;
-  static constexpr int kGroups = 1;
   // 16 rows of 8 bytes: row `index` holds E4M3 of the eight magnitudes times 2^(index - 9); row 0,
   // the all-zero group, holds zeros. Eight-byte loads of any lanes touch each bank once.
   static constexpr int kTableBytes = 128;

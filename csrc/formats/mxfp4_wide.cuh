@@ -7,8 +7,6 @@
 namespace jax_w4moe {
 
 struct Mxfp4Wide : E2m1Codes {
-  static constexpr int kGroups = 4;
-
   // Four E8M0 bytes of each row.
   using Scales = uint2;
   static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {

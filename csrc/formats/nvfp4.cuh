@@ -9,8 +9,6 @@
 namespace jax_w4moe {
 
 struct Nvfp4 : E2m1Codes {
-  static constexpr int kGroups = 8;
-
   // Eight E4M3 bytes and an f32, of row g and of row g + 8.
   struct Scales {
     uint32_t bytes[2][2];

@@ -23,6 +23,7 @@ struct GroupedGemmTile {
   using Decoder = Decoder_;
   using Activations = Activations_;
   static constexpr int kPanels = Activations::kPanels;
+  static constexpr int kGroups = FormatTraits<Decoder>::kGroups;
   static constexpr int kSubtiles = kSubtiles_;  // token sub-tiles that share a decoded record
   static constexpr int kMaxWidth = kMaxWidth_;  // tokens of a sub-tile, at most
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -34,11 +35,15 @@ struct GroupedGemmTile {
 
   // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
   // leave 12,288 of an SM's to blocks of the next kernel, which wait there for what this one
-  // writes; decoders that promote more often need them themselves.
-  static constexpr bool kLeavesRegisters = kTokens <= 64 && Decoder::kGroups == 1;
+  // writes; decoders that promote more often need them themselves. Where three warpgroups have two
+  // sub-tiles each, those that load and store leave them what they can.
+  static constexpr bool kLeavesRegisters = kTokens <= 64 && kGroups == 1;
   static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
-  static constexpr int kMathRegisters = kWarpgroups == 2 ? 232 : kLeavesRegisters ? 120 : 152;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 56;
+  static constexpr int kMathRegisters = kWarpgroups == 2   ? 232
+                                        : kLeavesRegisters ? 120
+                                        : kSubtiles == 1   ? 152
+                                                           : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kSubtiles == 1 ? 56 : 32;
   static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
                 "there are no more");
 
@@ -47,7 +52,7 @@ struct GroupedGemmTile {
   static constexpr int kTokenBytes = kPanels * kPanelBytes;
   static constexpr int kRecordBytes = FormatTraits<Decoder>::kRecordBytes;
   static constexpr int kWeightBytes = kWarpgroups * kRecordBytes;
-  static constexpr int kStagingBytes = kTokens * kStagingRow;
+  static constexpr int kStagingBytes = kMaxWidth * kStagingRow;  // of a sub-tile
   static constexpr int kScaleBytes = kTokens * 4;
   // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
   // the one being finished and the one being announced.
@@ -56,37 +61,44 @@ struct GroupedGemmTile {
   static constexpr int TokensBytes(int stages) {
     return (kIsOneToken ? OneTokenBlocks(kPanels) : stages) * kTokenBytes;
   }
-  static constexpr int SharedBytes(int stages) {
+  // buffers: where a warpgroup stages its sub-tiles in turn.
+  static constexpr int SharedBytes(int stages, int buffers) {
     return TokensBytes(stages) + stages * kWeightBytes +
-           kWarpgroups * (kStagingBytes + 2 * kScaleBytes) + Decoder::kTableBytes +
+           kWarpgroups * (buffers * kStagingBytes + 2 * kScaleBytes) + Decoder::kTableBytes +
            Items(stages) * static_cast<int>(sizeof(WorkItem)) +
-           kWarpgroups * static_cast<int>(sizeof(StoreJob)) + 16 * (stages + kWarpgroups) +
-           kMaximaBytes;
+           buffers * kWarpgroups * static_cast<int>(sizeof(StoreJob)) +
+           16 * (stages + buffers * kWarpgroups) + kMaximaBytes;
   }
   static constexpr int kStages =
-      SharedBytes(kMaxStages) <= kMaxSharedBytes ? kMaxStages : kMaxStages - 1;
+      SharedBytes(kMaxStages, 1) <= kMaxSharedBytes ? kMaxStages : kMaxStages - 1;
+  static constexpr int Buffers(int most) {
+    return most == 1 || SharedBytes(kStages, most) <= kMaxSharedBytes ? most : Buffers(most - 1);
+  }
+  static constexpr int kBuffers = Buffers(kSubtiles);
   static constexpr int kItems = Items(kStages);
-  static constexpr int kSharedBytes = SharedBytes(kStages);
+  static constexpr int kSharedBytes = SharedBytes(kStages, kBuffers);
   static_assert(kSharedBytes <= kMaxSharedBytes, "the tile does not fit");
 
   static constexpr int kWeightsAt = TokensBytes(kStages);
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kScalesAt = kStagingAt + kWarpgroups * kStagingBytes;
+  static constexpr int kScalesAt = kStagingAt + kBuffers * kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
   static constexpr int kItemsAt = kTableAt + Decoder::kTableBytes;
   static constexpr int kJobsAt = kItemsAt + kItems * static_cast<int>(sizeof(WorkItem));
-  static constexpr int kBarriersAt = kJobsAt + kWarpgroups * static_cast<int>(sizeof(StoreJob));
+  static constexpr int kBarriersAt =
+      kJobsAt + kBuffers * kWarpgroups * static_cast<int>(sizeof(StoreJob));
   static_assert(kItemsAt % 16 == 0, "items are aligned");
-  static constexpr int kMaximaAt = kBarriersAt + 16 * (kStages + kWarpgroups);
+  static constexpr int kMaximaAt = kBarriersAt + 16 * (kStages + kBuffers * kWarpgroups);
   static_assert(kMaximaAt + kMaximaBytes == kSharedBytes, "nothing else");
 
-  // The widths that sub-tiles are compiled for, of the multiples of 8: all of a single sub-tile,
-  // and with FP8 all of the large ones, else every other. Two have enough to do from 32 on.
+  // The widths that sub-tiles are compiled for, of the multiples of 8: of two warpgroups' sub-tiles
+  // up to 64, which is little for them, every other. Two sub-tiles have enough to do from 32 on.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
   template <int kWidth>
   static constexpr bool kIsCompiled =
-      Decoder::kFewWidths ? kWidth <= 16 || kWidth % 32 == 0
-                          : kSubtiles == 1 || kWidth % 16 == 0 || (kPanels == 1 && kWidth > 64);
+      kWidth == kMaxWidth ||
+      (Decoder::kFewWidths ? kWidth <= 16 || kWidth % 32 == 0
+                           : kWarpgroups == 3 || kWidth > 64 || kWidth % 16 == 0);
   // Calls f with the least such width that is not below `width`, as a constant.
   template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {
@@ -100,7 +112,6 @@ struct GroupedGemmTile {
       WithWidth<kWidth + 8>(width, f);
     }
   }
-  static_assert(kIsCompiled<kMaxWidth>, "or a full sub-tile has none");
 };
 
 template <typename Decoder, typename Activations>

@@ -31,20 +31,51 @@ inline constexpr int kReleasingLanes = 1;
 
 inline constexpr int kNoMoreJobs = -1;  // as a job's live
 
-// A warp that stores what its warpgroup stages, and counts it, where there are counts.
-__device__ __forceinline__ void StoreItems(const Epilogue& epilogue, int* counts,
-                                           volatile const StoreJob& job, uint32_t staging,
-                                           uint32_t staged, uint32_t drained) {
-  for (uint32_t parity = 0;; parity ^= 1) {
-    ptx::BarrierWait(staged, parity);
-    const int live = job.live;
+// Where a warpgroup stages its sub-tiles, in turn, for the warp that stores them.
+template <typename Tile>
+struct Staging {
+  uint32_t shared;  // of the CTA
+  int warpgroup;
+
+  __device__ __forceinline__ int Index(int job) const {
+    return warpgroup * Tile::kBuffers + job % Tile::kBuffers;
+  }
+  __device__ __forceinline__ uint32_t At(int job) const {
+    return shared + Tile::kStagingAt + Index(job) * Tile::kStagingBytes;
+  }
+  __device__ __forceinline__ volatile StoreJob& Job(uint8_t* base, int job) const {
+    return reinterpret_cast<StoreJob*>(base + Tile::kJobsAt)[Index(job)];
+  }
+  // Barriers: staged by all threads of the warpgroup, drained by those of the warp.
+  __device__ __forceinline__ uint32_t Staged(int job) const {
+    return shared + Tile::kBarriersAt + 16 * (Tile::kStages + Index(job));
+  }
+  __device__ __forceinline__ uint32_t Drained(int job) const { return Staged(job) + 8; }
+  __device__ __forceinline__ void WaitStaged(int job) const {
+    ptx::BarrierWait(Staged(job), job / Tile::kBuffers & 1);
+  }
+  // For the last job that the place of this one was used for.
+  __device__ __forceinline__ void WaitDrained(int job) const {
+    ptx::BarrierWait(Drained(job), (job / Tile::kBuffers & 1) ^ 1);
+  }
+};
+
+// A warp that stores what its warpgroup stages, and counts slabs, where there are counts.
+template <typename Tile>
+__device__ __forceinline__ void StoreItems(const Epilogue& epilogue, int* counts, uint8_t* base,
+                                           const Staging<Tile>& staging) {
+  for (int number = 0;; ++number) {
+    volatile const StoreJob& job = staging.Job(base, number);
+    staging.WaitStaged(number);
+    // Known to be uniform: a divergent exit costs the warpgroups that multiply registers.
+    const int live = ptx::Uniform(job.live);
     if (live == kNoMoreJobs) return;
-    const int expert = job.expert;
-    epilogue.StoreJob(job.first_row, job.slab, live, staging);
-    ptx::BarrierArrive(drained);
+    const int finishes = job.finishes;
+    epilogue.StoreJob(job.first_row, job.slab, live, staging.At(number));
+    ptx::BarrierArrive(staging.Drained(number));
     if (counts) {
       __syncwarp();
-      ptx::AddOneRelease(counts + expert, threadIdx.x % 32 == 0);
+      ptx::AddOneRelease(counts + finishes, threadIdx.x % 32 == 0 && finishes != kNoExpert);
     }
   }
 }
@@ -64,10 +95,6 @@ __global__ void __maxnreg__(Tile::kRegisters)
   const uint32_t full = tokens + Tile::kBarriersAt, empty = full + 8 * kStages;
   // The producer announces an item with its first stage.
   volatile WorkItem* items = reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt);
-  volatile StoreJob* jobs = reinterpret_cast<StoreJob*>(shared + Tile::kJobsAt);
-  auto staged_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w); };
-  auto drained_barrier = [&](int w) { return empty + 8 * (kStages + 2 * w + 1); };
-  auto staging_of = [&](int w) { return tokens + Tile::kStagingAt + w * Tile::kStagingBytes; };
 
   if constexpr (Decoder::kTableBytes > 0) {
     if (threadIdx.x < Decoder::kTableBytes) {
@@ -77,10 +104,12 @@ __global__ void __maxnreg__(Tile::kRegisters)
   if (const int s = threadIdx.x; s < kStages) {
     ptx::BarrierInit(full + 8 * s, 1);
     ptx::BarrierInit(empty + 8 * s, 4 * kReleasingLanes * kWarpgroups);
-    if (s < kWarpgroups) {
-      ptx::BarrierInit(staged_barrier(s), 128);
-      ptx::BarrierInit(drained_barrier(s), 32);
-    }
+    ptx::BarrierInitFence();
+  }
+  if (const int s = threadIdx.x; s < kWarpgroups * Tile::kBuffers) {
+    const Staging<Tile> first{tokens, 0};
+    ptx::BarrierInit(first.Staged(0) + 16 * s, 128);
+    ptx::BarrierInit(first.Drained(0) + 16 * s, 32);
     ptx::BarrierInitFence();
   }
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
@@ -96,7 +125,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
     if (const int w = warp - 1; w < kWarpgroups) {
       int* counts = nullptr;
       if constexpr (!Tile::kIsOneToken) counts = p.counts_slabs ? p.plan.slabs_done : nullptr;
-      StoreItems(epilogue, counts, jobs[w], staging_of(w), staged_barrier(w), drained_barrier(w));
+      StoreItems(epilogue, counts, shared, Staging<Tile>{tokens, w});
     }
     return;
   }
@@ -120,9 +149,10 @@ __global__ void __maxnreg__(Tile::kRegisters)
     __syncwarp();  // all lanes have read
     if (thread % 32 < kReleasingLanes) ptx::BarrierArrive(empty + 8 * used);
   };
-  auto hand_over = [&] { ptx::BarrierArrive(staged_barrier(warpgroup)); };
-  // Of the tiles that this warpgroup has finished, whether they are odd: scales have two places,
-  // since a thread may begin the next tile while another still reads this one's.
+  const Staging<Tile> staging{tokens, warpgroup};
+  int job = 0;  // how many sub-tiles this warpgroup has handed over
+  // Of the items that this warpgroup has finished, whether they are odd: scales have two places,
+  // since a thread may begin the next item while another still reads this one's.
   uint32_t odd = 0;
   [[maybe_unused]] OneTokenRow<Tile> row(p, tokens);
   if constexpr (Tile::kIsOneToken) {
@@ -137,7 +167,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
       if (thread == 0) ptx::StoreShared32(scales, __float_as_uint(row.scale));
     } else {
       const float* row_scale = p.row_scale + item.first_row;
-      for (int t = thread, live = item.live; t < live; t += 128) {
+      for (int t = ptx::FreshThreadIndex() % 128, live = item.live; t < live; t += 128) {
         ptx::CopyAsync4(scales + t * 4, row_scale + t);
       }
     }
@@ -210,13 +240,13 @@ __global__ void __maxnreg__(Tile::kRegisters)
           advance();
 #pragma unroll
           for (int n = 0; n < kSubtiles; ++n) {
-            ForEachGroup<Decoder::kGroups>([&](auto group) {
+            ForEachGroup<Tile::kGroups>([&](auto group) {
               constexpr int kGroup = decltype(group)::value;
-              constexpr bool kIsLast = kGroup + 1 == Decoder::kGroups;
-              Multiply<Activations, kWidth, Decoder::kGroups, kGroup>(
+              constexpr bool kIsLast = kGroup + 1 == Tile::kGroups;
+              Multiply<Activations, kWidth, Tile::kGroups, kGroup>(
                   partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
               if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
-              if constexpr (kSubtiles * Decoder::kGroups == 1) {
+              if constexpr (kSubtiles * Tile::kGroups == 1) {
                 // One branch, in which all loads are on their way at once.
                 if (more) load_all(next);
               } else {
@@ -243,37 +273,36 @@ __global__ void __maxnreg__(Tile::kRegisters)
                         item.live,
                         item.first_row,
                         scales,
-                        staging_of(warpgroup),
                         0};
       ptx::CopyAsyncWait();
       ptx::NamedBarrier(1 + warpgroup, 128);  // the scales are there
-      if (epilogue.IsStaged()) {
-        ptx::BarrierWait(drained_barrier(warpgroup), odd ^ 1);
-        if (tile.thread == 0) {
-          volatile StoreJob& job = jobs[warpgroup];
-          job.first_row = tile.first_row;
-          job.slab = tile.slab;
-          job.live = tile.live;
-          job.expert = item.expert;
-        }
-      }
       epilogue.WithKind([&](const auto& finish) {
 #pragma unroll
         for (int n = 0; n < kSubtiles; ++n) {
+          if (epilogue.IsStaged()) {
+            staging.WaitDrained(job);
+            tile.staging = staging.At(job);
+            if (tile.thread == 0) {
+              volatile StoreJob& to = staging.Job(shared, job);
+              to.first_row = tile.first_row;
+              to.slab = tile.slab;
+              to.live = min(max(tile.live, 0), kWidth);
+              to.finishes = n + 1 == kSubtiles ? tile.expert : kNoExpert;
+            }
+          }
           finish(width, acc[n], tile);
+          if (epilogue.IsStaged()) ptx::BarrierArrive(staging.Staged(job++));
           tile.live -= kWidth;
           tile.first_row += kWidth;
           tile.scales += kWidth * 4;
-          tile.staged += kWidth;
         }
       });
-      if (epilogue.IsStaged()) hand_over();
     });
     odd ^= 1;
   }
-  ptx::BarrierWait(drained_barrier(warpgroup), epilogue.IsStaged() ? odd ^ 1 : 1);
-  if (thread == 0) jobs[warpgroup].live = kNoMoreJobs;
-  hand_over();
+  staging.WaitDrained(job);
+  if (ptx::FreshThreadIndex() % 128 == 0) staging.Job(shared, job).live = kNoMoreJobs;
+  ptx::BarrierArrive(staging.Staged(job));
 }
 
 }  // namespace jax_w4moe

@@ -90,7 +90,7 @@ __device__ __forceinline__ void MultiplyOneToken(float (&acc)[4], int k_blocks, 
                                                  const Release& release) {
   using Decoder = typename Tile::Decoder;
   using Activations = typename Tile::Activations;
-  constexpr int kGroups = Decoder::kGroups, kWidth = 8;
+  constexpr int kGroups = Tile::kGroups, kWidth = 8;
   struct Record {
     uint4 codes[2];
     typename Decoder::Tables tables;

@@ -13,18 +13,17 @@ namespace jax_w4moe {
 // Calls f with every tile for a decoder and activations, as a pointer to its type.
 template <typename Decoder, typename Activations, typename F>
 void ForEachTile(const F& f) {
-#define JAX_W4MOE_CASE(...) \
-  f(static_cast<GroupedGemmTile<Decoder, Activations, __VA_ARGS__>*>(nullptr));
-#define JAX_W4MOE_FP8_CASE(subtiles, width, ...)                             \
-  if constexpr (subtiles * width <= FormatTraits<Decoder>::kWidestFp8Tile) { \
-    JAX_W4MOE_CASE(subtiles, width, __VA_ARGS__)                             \
+  constexpr int kGroups = FormatTraits<Decoder>::kGroups;
+#define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages, least, most)                        \
+  if constexpr (kGroups >= least && kGroups <= most) {                                          \
+    f(static_cast<GroupedGemmTile<Decoder, Activations, subtiles, width, warpgroups, stages>*>( \
+        nullptr));                                                                              \
   }
   if constexpr (std::is_same_v<Activations, Fp8Activations>) {
-    JAX_W4MOE_FP8_TILES(JAX_W4MOE_FP8_CASE)
+    JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE)
   } else {
     JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
   }
-#undef JAX_W4MOE_FP8_CASE
 #undef JAX_W4MOE_CASE
 }
 

@@ -7,15 +7,26 @@
 
 namespace jax_w4moe {
 
-// Token sub-tiles, tokens of each at most, math warpgroups, stages.
+// Token sub-tiles, tokens of each at most, math warpgroups, stages; and the least and the most
+// groups of K (formats/formats.h) of the formats that have the tile: more sums take registers.
 #define JAX_W4MOE_FP8_TILES(X) \
-  X(1, 64, 3, 9) X(1, 96, 3, 7) X(2, 64, 3, 6) X(2, 120, 2, 4) X(4, 72, 2, 3)
-#define JAX_W4MOE_BF16_TILES(X) X(1, 32, 3, 9) X(1, 64, 3, 6) X(2, 96, 2, 3)
+  X(1, 64, 3, 9, 1, 8)         \
+  X(1, 96, 3, 7, 1, 8)         \
+  X(2, 72, 3, 6, 1, 1)         \
+  X(2, 120, 2, 4, 1, 4)        \
+  X(4, 72, 2, 3, 1, 1)
+#define JAX_W4MOE_BF16_TILES(X) \
+  X(1, 32, 3, 9, 1, 8)          \
+  X(1, 64, 3, 6, 1, 8)          \
+  X(2, 72, 3, 4, 1, 1)          \
+  X(2, 96, 2, 3, 4, 8)          \
+  X(2, 112, 2, 3, 1, 1)
 
 // Whether a tile of that many tokens is compiled.
 inline bool HasTile(int64_t tile_tokens, Operands operands) {
-  if (!operands.is_bf16 && tile_tokens > operands.WidestFp8Tile()) return false;
-#define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages) || tile_tokens == subtiles* width
+  const int groups = operands.Groups();
+#define JAX_W4MOE_CASE(subtiles, width, warpgroups, stages, least, most) \
+  || (tile_tokens == subtiles * width && groups >= least && groups <= most)
   return operands.is_bf16 ? false JAX_W4MOE_BF16_TILES(JAX_W4MOE_CASE)
                           : false JAX_W4MOE_FP8_TILES(JAX_W4MOE_CASE);
 #undef JAX_W4MOE_CASE

@@ -6,14 +6,19 @@ import jax.numpy as jnp
 
 from jax_w4moe.formats.layout import round_up
 
-TILE_TOKENS = (64, 96, 128, 240, 288)
+TILE_TOKENS = (64, 96, 144, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
 
-BF16_TILE_TOKENS = (32, 64, 192)
+BF16_TILE_TOKENS = (32, 64, 144, 192, 224)
 """The same for bf16 activations."""
 
-_WIDEST = {"int4_g32": 240, "mxfp4_wide": 96, "nvfp4": 96}  # as in csrc/formats/formats.h
+GROUPS = {"int4_g32": 4, "mxfp4_wide": 4, "nvfp4": 8}
+"""Groups of 128 of K that have a sum each, where it is not one; as in csrc/formats/formats.h."""
+
+LIMITS = {144: (1, 1), 192: (4, 8), 224: (1, 1), 240: (1, 4), 288: (1, 1)}
+"""The least and the most groups of the formats that have a tile, where not all formats have it; as
+in csrc/launch/grouped_gemm_tiles.h."""
 
 _MAX_EXPERTS = 1024  # as in csrc/common/limits.h
 _MIN_TILE_TOKENS = 32
@@ -32,9 +37,13 @@ def workspace_bytes(num_rows: int, num_experts: int, parts: list[int]) -> int:
 
 def compiled(format: str, act_dtype: Any) -> tuple[int, ...]:
     """Tokens of the tiles that are compiled for a weight format."""
-    if is_bf16(act_dtype):
-        return BF16_TILE_TOKENS
-    return tuple(tile for tile in TILE_TOKENS if tile <= _WIDEST.get(format, tile))
+    groups = GROUPS.get(format, 1)
+
+    def has(tile: int) -> bool:
+        least, most = LIMITS.get(tile, (groups, groups))
+        return least <= groups <= most
+
+    return tuple(filter(has, BF16_TILE_TOKENS if is_bf16(act_dtype) else TILE_TOKENS))
 
 
 def is_bf16(act_dtype: Any) -> bool:
