@@ -1,6 +1,7 @@
 """The grouped GEMM kernel: exact weights, f32 promotion, the same bits from every tile."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,22 +105,33 @@ def test_against_the_mirrored_reference(
         assert not as_float64(out)[sizes.sum() :].any()
 
 
-def test_every_tile_and_width_gives_the_same_bits(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("act_dtype", "tile_tokens"),
+    [(jnp.float8_e4m3fn, tiles.TILE_TOKENS), (jnp.bfloat16, tiles.compiled("mxfp4", jnp.bfloat16))],
+    ids=["float8", "bf16"],
+)
+def test_every_tile_and_width_gives_the_same_bits(
+    rng: np.random.Generator, act_dtype: Any, tile_tokens: tuple[int, ...]
+) -> None:
     """Groups of every width that a tile is cut to, and of several tiles."""
-    counts = [*range(1, 64, 5), 64, 65, 0, 95, 96, 97, 129, 200, 240, 241, 288, 289, 577]
+    counts = [*range(1, 64, 5), 64, 65, 0, 80, 95, 96, 97, 112, 129, 144, 145, 200, 224, 225]
+    counts += [240, 241, 288, 289, 577]
     rhs = w4.pack(data.quantized(rng, (len(counts), 320, 1152)))
     sizes = jnp.asarray(counts, jnp.int32)
     lhs = data.tokens(rng, sum(counts), 1152)
+    how = {"act_dtype": act_dtype}
     results = [
-        np.asarray(kernel(lhs, rhs, sizes, tactic=w4.Tactic(tile))) for tile in tiles.TILE_TOKENS
+        np.asarray(kernel(lhs, rhs, sizes, tactic=w4.Tactic(tile), **how)) for tile in tile_tokens
     ]
     for result in results[1:]:
         assert_bitwise(result, results[0])
     for group, start in enumerate(np.cumsum([0, *counts[:-1]])):
         if counts[group]:
-            alone = kernel(lhs[start : start + 1], rhs, jnp.zeros_like(sizes).at[group].set(1))
+            alone = kernel(
+                lhs[start : start + 1], rhs, jnp.zeros_like(sizes).at[group].set(1), **how
+            )
             assert_bitwise(alone, results[0][start : start + 1])
-    expected = reference.grouped_matmul(lhs, rhs, sizes, mode="mirrored")
+    expected = reference.grouped_matmul(lhs, rhs, sizes, mode="mirrored", **how)
     assert relative_rms(results[0], expected) < 3e-3
 
 
