@@ -9,6 +9,7 @@
 #   make sanitize   the kernels under compute-sanitizer (of the CUDA toolkit), on small layers
 #   make lint       ruff, mypy, clang-format
 #   make bench      quantize_fp8, the ceilings, and the layers; needs a GPU
+#   make graphs     build/graphs/graphs, by which builds are compared (python -m benchmarks.graphs)
 #   make wheel      dist/*.whl with the CUDA extension
 #   make clean      removes everything that the above made
 #
@@ -41,7 +42,8 @@ CSRC := $(shell find csrc -type f)
 PACKAGE := $(STAMPS)/package-$(JAX_W4MOE_CUDA)-$(NAMES)
 INSTALLED := $(PACKAGE) $(if $(GPU),$(STAMPS)/extra-cuda13)
 
-.PHONY: demo test test-all test-judge gpu-test gpu-test-on sanitize lint bench bench-on wheel clean
+.PHONY: demo test test-all test-judge gpu-test gpu-test-on sanitize lint bench bench-on graphs wheel \
+  clean
 
 demo: $(INSTALLED) $(STAMPS)/extra-flax $(STAMPS)/extra-checkpoint
 	$(PY) -m jax_w4moe demo
@@ -90,7 +92,12 @@ lint: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-lint
 	$(PY) -m ruff check . .ci
 	$(PY) -m ruff format --check . .ci
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard benchmarks/*.cu tests/csrc/*.cu)
+
+graphs: $(STAMPS)/venv
+	JAX_W4MOE_CUDA=ON $(PIP) wheel --no-deps -w build/graphs -C build-dir=build/graphs \
+	  -C cmake.define.JAX_W4MOE_GRAPHS=ON .
+	ls -l build/graphs/graphs
 
 wheel: $(STAMPS)/venv
 	JAX_W4MOE_CUDA=ON $(PIP) wheel --no-deps -w dist .
