@@ -77,6 +77,80 @@ __device__ __forceinline__ void AnnounceEnd(volatile WorkItem& end, uint32_t ful
 inline constexpr int kFewEarly = 3;  // K128 of weights that are asked for before few pairs' tokens
 inline constexpr int kRunSteps = 8;  // K128 of a run of items, about
 
+// The items of a CTA, one after the other: the first run by the CTA's number, the others by ticket.
+// A run is of several items where they are short; its ticket is asked for a run ahead, since the
+// answer takes as long as several K128.
+template <typename Tile>
+class ItemQueue {
+ public:
+  // Waits for the plan, unless it is there already, or is made of few pairs here.
+  __device__ __forceinline__ ItemQueue(const GroupedGemmParams& p, bool is_few, bool is_early)
+      : p_(p), run_(max(kRunSteps / p.weights.k_blocks, 1)), item_(blockIdx.x * run_) {
+    if (!is_early) ptx::WaitForPrecedingKernels();
+    const PlanOfFew few(p.few_pairs);
+    const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
+    rows_ = RowTiles(p.weights.row_blocks, Tile::kWarpgroups, num_tiles, gridDim.x);
+    num_items_ = num_tiles * rows_.count;
+    if (item_ < num_items_) {
+      const int tile = item_ / rows_.count;
+      planned_ = is_few ? few.Tile(tile) : p.plan.tiles[tile];
+      end_of_tile_ = (tile + 1) * rows_.count;
+    }
+  }
+  __device__ __forceinline__ bool HasItem() const { return item_ < num_items_; }
+  __device__ __forceinline__ bool HasLongItems() const { return run_ == 1; }
+  __device__ __forceinline__ WorkItem Item() const { return ItemAt<Tile>(planned_, rows_, item_); }
+  // Once for each item, when the plan in memory is there; Advance follows.
+  __device__ __forceinline__ void AskAhead() {
+    if (in_run_ == 0 && threadIdx.x % 32 == 0) {
+      ticket_ = atomicAdd(p_.plan.head->tickets + p_.ticket, 1);
+    }
+  }
+  __device__ __forceinline__ void Advance() {
+    ++item_;
+    if (++in_run_ == run_) {
+      in_run_ = 0;
+      item_ = (gridDim.x + __shfl_sync(~0u, ticket_, 0)) * run_;
+    }
+    if (item_ < end_of_tile_ || !HasItem()) return;
+    const int tile = item_ / rows_.count;
+    planned_ = p_.plan.tiles[tile];
+    end_of_tile_ = (tile + 1) * rows_.count;
+  }
+
+ private:
+  const GroupedGemmParams& p_;
+  int run_, item_;
+  int in_run_ = 0;  // items of the run that came before
+  RowTiles rows_;
+  int num_items_;
+  PlannedTile planned_{};
+  int end_of_tile_ = 0;  // items of the planned tile are below
+  int ticket_ = 0;
+};
+
+// Whether the rows of an item are there.
+class RowsReady {
+ public:
+  __device__ __forceinline__ explicit RowsReady(const GroupedGemmParams& p) : p_(p) {}
+  // Looks at 32 experts at once: the next items are theirs.
+  __device__ __forceinline__ void Wait(const WorkItem& item) {
+    if (!p_.waits_for_rows) return ptx::WaitForPrecedingKernels();
+    while (item.expert >= ready_) {
+      const int expert = item.expert + threadIdx.x % 32;
+      const bool is_ready = expert < p_.num_experts &&
+                            ptx::LoadAcquire(p_.plan.rows_ready + expert) == p_.plan.size[expert];
+      const unsigned there = __ballot_sync(~0u, is_ready);
+      ready_ = item.expert + __popc(there & ~(there + 1));  // those before the first that is not
+      ptx::GlobalProxyFence();
+    }
+  }
+
+ private:
+  const GroupedGemmParams& p_;
+  int ready_ = 0;  // all experts below have their rows
+};
+
 // The producer warp: one lane per copy of a stage. Before the preceding kernel has written the
 // tokens, the weights of the first stages can be on their way.
 template <typename Tile>
@@ -87,24 +161,10 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   static_assert(kStages >= kFewEarly, "the early weights of few pairs have stages");
   const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
   const int lane = threadIdx.x % 32;
+  // Whether the plan was there before the preceding kernel is complete, or what it is made from.
   const bool is_few = p.few_pairs.num_pairs > 0, is_early = p.plan_is_old || is_few;
   const int k_blocks = p.weights.k_blocks;
-  // A ticket is for a run of items, of several where they are short, and asked for a run ahead: the
-  // answer takes as long as several K128.
-  const int run = max(kRunSteps / k_blocks, 1), first_item = blockIdx.x * run;
-  int in_run = 0;  // items of the run that came before
-  if (!is_early) ptx::WaitForPrecedingKernels();
-  const PlanOfFew few(p.few_pairs);
-  const int num_tiles = is_few ? few.num_tiles : p.plan.head->num_tiles;
-  const RowTiles rows(p.weights.row_blocks, kWarpgroups, num_tiles, gridDim.x);
-  const int num_items = num_tiles * rows.count;
-  PlannedTile planned{};
-  int end_of_tile = 0;  // its items are below
-  if (first_item < num_items) {
-    const int tile = first_item / rows.count;
-    planned = is_few ? few.Tile(tile) : p.plan.tiles[tile];
-    end_of_tile = (tile + 1) * rows.count;
-  }
+  ItemQueue<Tile> queue(p, is_few, is_early);
   __syncthreads();  // the barriers are there
 
   const int panel = lane - kWarpgroups;
@@ -116,10 +176,11 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
   int early = is_early ? min(k_blocks, is_few ? kFewEarly : kStages) : 0;
-  int stage = 0, slot = 0, ticket = 0, ready = 0;  // all experts below have their rows
+  int stage = 0, slot = 0;
   uint32_t parity = 1;
-  for (int i = first_item; i < num_items;) {
-    const WorkItem item = ItemAt<Tile>(planned, rows, i);
+  RowsReady rows(p);
+  while (queue.HasItem()) {
+    const WorkItem item = queue.Item();
     const bool copies = is_tokens || lane < item.slabs;
     const uint8_t* from = is_tokens
                               ? p.image + (panel * p.image_rows + item.first_row) * 128
@@ -144,23 +205,11 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
         parity ^= 1;
       }
     };
-    // Looks at 32 experts at once: the next items are theirs.
-    auto wait_for_rows = [&] {
-      if (!p.waits_for_rows) return ptx::WaitForPrecedingKernels();
-      while (item.expert >= ready) {
-        const int expert = item.expert + lane;
-        const bool is_ready = expert < p.num_experts &&
-                              ptx::LoadAcquire(p.plan.rows_ready + expert) == p.plan.size[expert];
-        const unsigned there = __ballot_sync(~0u, is_ready);
-        ready = item.expert + __popc(there & ~(there + 1));  // those before the first that is not
-        ptx::GlobalProxyFence();
-      }
-    };
     if (early > 0) {
       for (stage = 0; stage < early; ++stage) {
         if (copies && !is_tokens) copy();
       }
-      wait_for_rows();
+      rows.Wait(item);
       for (stage = 0; stage < early; ++stage) {
         expect(stage);
         if (is_tokens) copy();
@@ -168,22 +217,11 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
       --stage;
       advance();
     } else {
-      wait_for_rows();
+      rows.Wait(item);
     }
     // Not before the wait: dependents take for granted what the preceding kernels wrote.
     ptx::LaunchDependents();
-    if (in_run == 0 && lane == 0) ticket = atomicAdd(p.plan.head->tickets + p.ticket, 1);
-    int next = i + 1;
-    auto take_next = [&] {
-      if (++in_run == run) {
-        in_run = 0;
-        next = (gridDim.x + __shfl_sync(~0u, ticket, 0)) * run;
-      }
-      if (next < end_of_tile || next >= num_items) return;
-      const int tile = next / rows.count;
-      planned = p.plan.tiles[tile];
-      end_of_tile = (tile + 1) * rows.count;
-    };
+    queue.AskAhead();
     int k = early;
     auto stream_until = [&](int end) {
       for (; k < end; ++k) {
@@ -194,12 +232,11 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
       }
     };
     // Long before the next item, and where the ticket has had time to come.
-    if (run == 1) stream_until((early + k_blocks) / 2);
-    take_next();
+    if (queue.HasLongItems()) stream_until((early + k_blocks) / 2);
+    queue.Advance();
     stream_until(k_blocks);
     early = 0;
     slot = slot + 1 == Tile::kItems ? 0 : slot + 1;
-    i = next;
   }
   ptx::WaitForPrecedingKernels();  // also where there was no item
   ptx::LaunchDependents();

@@ -59,6 +59,8 @@ struct WorkItem {
 struct RowTiles {
   int row_blocks, group, count;
 
+  RowTiles() = default;
+
   static __device__ __forceinline__ int Count(int things, int of_each) {
     return (things + of_each - 1) / of_each;
   }
