@@ -1,11 +1,12 @@
 // Times layers in CUDA graphs, without JAX: what two builds of the kernels are compared by
 // (benchmarks/graphs.py runs it; `make graphs` builds it).
 //
-//   graphs FORMAT float8|bf16 SECONDS < cells
+//   graphs FORMAT ACT_DTYPE SECONDS WORD... < cells
 //
-// A cell is a line "H I E k T tile_tokens". Answers each with a line: microseconds of a call, the
-// median of graphs replayed for SECONDS, and a hash of y. Weights are random codes under one scale;
-// routings are drawn uniformly, and several take turns (jax_w4moe/bench/layers.py says why).
+// The words are the scale words of a row, as many as the format has. A cell is a line "H I E k T
+// tile_tokens". Answers each with a line: microseconds of a call, the median of graphs replayed for
+// SECONDS, and a hash of y. Weights are random codes under one scale; routings are drawn uniformly,
+// and several take turns (jax_w4moe/bench/layers.py says why).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -44,7 +45,6 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* data() const { return data_; }
-  int64_t size() const { return count_; }
 
  private:
   T* data_ = nullptr;
@@ -57,32 +57,17 @@ __device__ uint32_t Mix(uint64_t x) {  // of splitmix64
   return static_cast<uint32_t>(x >> 31);
 }
 
-// The scale words of a row, one after the other: about 2^-9 for every weight.
+// What every row of a record has beside its codes, one after the other.
 struct ScaleWords {
-  uint32_t words[3];
+  int count;
+  uint32_t words[3];  // at most (formats/formats.h)
 };
-ScaleWords ScalesOf(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kMxfp4:
-      return {{118u << 23 | 0x9999u << 3}};
-    case WeightFormat::kInt4G128:
-      return {{118u << 23}};
-    case WeightFormat::kInt4G32:
-      return {{0x3b003b00u, 0x3b003b00u}};
-    case WeightFormat::kMxfp4Wide:
-      return {{0x76767676u}};
-    case WeightFormat::kNvfp4:
-      return {{0x38383838u, 0x38383838u, 118u << 23}};
-  }
-  return {};
-}
 
-__global__ void FillRecords(uint32_t* data, int64_t count, int record_words, int scale_words,
-                            ScaleWords scales) {
+__global__ void FillRecords(uint32_t* data, int64_t count, int record_words, ScaleWords scales) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += step) {
     const int at = static_cast<int>(i % record_words) - kCodeBytes / 4;
-    data[i] = at < 0 ? Mix(i) : scales.words[at % scale_words];
+    data[i] = at < 0 ? Mix(i) : scales.words[at % scales.count];
   }
 }
 
@@ -115,10 +100,11 @@ std::vector<int> Route(const Cell& cell, int number) {
 
 class Layer {
  public:
-  Layer(const Cell& cell, Operands operands) : experts_(Sizes(cell, operands)) {
+  Layer(const Cell& cell, Operands operands, const ScaleWords& scales)
+      : experts_(Sizes(cell, operands)) {
     const int record = operands.RecordBytes();
-    w13_ = Weights(experts_.w13_row_blocks * experts_.w13_k_blocks, record, operands.weights);
-    w2_ = Weights(experts_.w2_row_blocks * experts_.w2_k_blocks, record, operands.weights);
+    w13_ = Weights(experts_.w13_row_blocks * experts_.w13_k_blocks, record, scales);
+    w2_ = Weights(experts_.w2_row_blocks * experts_.w2_k_blocks, record, scales);
     experts_.w13 = w13_->data();
     experts_.w2 = w2_->data();
   }
@@ -141,11 +127,10 @@ class Layer {
     e.activation = {ActivationKind::kSwiGlu, {1.0f, 0.0f, INFINITY}};
     return e;
   }
-  std::unique_ptr<Buffer<uint32_t>> Weights(int64_t records, int record, WeightFormat format) {
+  std::unique_ptr<Buffer<uint32_t>> Weights(int64_t records, int record, const ScaleWords& scales) {
     const int64_t words = experts_.num_experts * records * (record / 4);
     auto buffer = std::make_unique<Buffer<uint32_t>>(words);
-    FillRecords<<<2048, 256>>>(buffer->data(), words, record / 4,
-                               (record - kCodeBytes) / (4 * kRecordRows), ScalesOf(format));
+    FillRecords<<<2048, 256>>>(buffer->data(), words, record / 4, scales);
     return buffer;
   }
 
@@ -224,11 +209,19 @@ void Time(const Cell& cell, const Layer& layer, double seconds) {
 
 int Main(int argc, char** argv) {
   WeightFormat format;
-  if (argc != 4 || !FindFormat(argv[1], &format)) {
-    std::fprintf(stderr, "usage: graphs FORMAT float8|bf16 SECONDS < lines \"H I E k T tile\"\n");
+  if (argc < 4 || !FindFormat(argv[1], &format)) {
+    std::fprintf(stderr, "usage: graphs FORMAT ACT_DTYPE SECONDS WORD... < cells\n");
     return 2;
   }
-  const Operands operands{format, std::strcmp(argv[2], "bf16") == 0};
+  const Operands operands{format, std::strcmp(argv[2], "bfloat16") == 0};
+  ScaleWords scales{(operands.RecordBytes() - kCodeBytes) / (4 * kRecordRows), {}};
+  if (argc != 4 + scales.count) {
+    std::fprintf(stderr, "%d scale words, need the %d of %s\n", argc - 4, scales.count, argv[1]);
+    return 2;
+  }
+  for (int i = 0; i < scales.count; ++i) {
+    scales.words[i] = static_cast<uint32_t>(std::strtoul(argv[4 + i], nullptr, 0));
+  }
   Check(PrepareGroupedGemm(operands), "raising the shared-memory limit");
   std::unique_ptr<Layer> layer;
   Cell cell;
@@ -240,7 +233,7 @@ int Main(int argc, char** argv) {
     }
     if (!layer || !layer->IsFor(cell)) {
       layer.reset();  // before the next one is made: memory
-      layer = std::make_unique<Layer>(cell, operands);
+      layer = std::make_unique<Layer>(cell, operands, scales);
     }
     Time(cell, *layer, std::atof(argv[3]));
   }

@@ -10,31 +10,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from jax_w4moe.bench.shapes import SHAPES, Shape
-from jax_w4moe.tuning import Problem, model, winners
+from jax_w4moe.bench.command import named_act_dtype, named_format, named_layers
+from jax_w4moe.bench.layers import row_scale_words
+from jax_w4moe.bench.shapes import Shape
+from jax_w4moe.tuning import Problem
+from jax_w4moe.tuning.choice import packaged
 
-DTYPES = {"float8": "float8_e4m3fn", "bf16": "bfloat16"}
 Cell = tuple[Shape, int, int]  # T, tile_tokens
 Answer = tuple[float, str]  # microseconds, a hash of y
 
 
 def default_tile(shape: Shape, num_tokens: int, format: str, act_dtype: str) -> int:
-    """What the table for the H200 has, else the cost model's choice."""
+    """What the package chooses on an H200."""
     problem = Problem(
         "fused_moe",
         shape.hidden_size,
         shape.intermediate_size,
         shape.num_experts,
         num_tokens * shape.top_k,
-        DTYPES[act_dtype],
+        act_dtype,
         format,
     )
-    winner = winners.shipped("NVIDIA H200").get(problem.key())
-    return (winner.tactic if winner else model.best(problem)).tile_tokens
+    return packaged("NVIDIA H200", problem).tactic.tile_tokens
 
 
 def run(build: Path, cells: Sequence[Cell], format: str, act_dtype: str, s: float) -> list[Answer]:
@@ -43,7 +45,8 @@ def run(build: Path, cells: Sequence[Cell], format: str, act_dtype: str, s: floa
         f"{c.hidden_size} {c.intermediate_size} {c.num_experts} {c.top_k} {count} {tile}\n"
         for c, count, tile in cells
     )
-    command = [str(build.resolve()), format, act_dtype, str(s)]
+    words = [str(word) for word in row_scale_words(named_format(format))]
+    command = [str(build.resolve()), format, act_dtype, str(s), *words]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{build} ended with {done.returncode}: {done.stderr.strip()}.")
@@ -69,16 +72,20 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="By default 1, 16, 256, 4096.")] = None,
     tile: Annotated[list[int] | None, typer.Option(help="By default what would be chosen.")] = None,
     format: str = "mxfp4",
-    act_dtype: Annotated[str, typer.Option(help="float8 or bf16.")] = "float8",
+    act_dtype: Annotated[str, typer.Option(help="Or bfloat16.")] = "float8_e4m3fn",
     rounds: int = 3,
     seconds: Annotated[float, typer.Option(help="Of a measurement.")] = 0.02,
 ) -> None:
     """Times layers in every build in turn, and compares their results bit for bit."""
+    layers = named_layers(shape or ())
+    named_format(format)  # or it is refused
+    named_act_dtype(act_dtype)
+    jax.config.update("jax_platforms", "cpu")  # the builds need the GPU's memory
     cells = [
-        (SHAPES[name], count, size)
-        for name in shape or SHAPES
+        (layer, count, size)
+        for layer in layers
         for count in tokens or (1, 16, 256, 4096)
-        for size in tile or [default_tile(SHAPES[name], count, format, act_dtype)]
+        for size in tile or [default_tile(layer, count, format, act_dtype)]
     ]
     measured = [
         [run(build, cells, format, act_dtype, seconds) for build in builds] for _ in range(rounds)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax_w4moe.bench.host import dispatch_us
 from jax_w4moe.bench.layers import ROUTINGS
 from jax_w4moe.bench.shapes import NUM_TOKENS, SHAPES, TINY, Shape
 from jax_w4moe.bench.sweep import sweep
-from jax_w4moe.formats.base import formats
+from jax_w4moe.formats.base import WeightFormat, formats
 
 _ACT_DTYPES = {"float8_e4m3fn": jnp.float8_e4m3fn, "bfloat16": jnp.bfloat16}
 _WIDTH = 160  # a table's, whatever the terminal's: squeezed columns tell nothing
@@ -70,11 +71,7 @@ def run(
     for name in routings:
         if name not in ROUTINGS:
             raise ValueError(f"routing {name!r} is unknown; use one of {', '.join(ROUTINGS)}.")
-    known = {own.name: own for own in formats()}
-    if format not in known:
-        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(known)}.")
-    if act_dtype not in _ACT_DTYPES:
-        raise ValueError(f"act-dtype {act_dtype!r} is unknown; use {' or '.join(_ACT_DTYPES)}.")
+    weights, activations = named_format(format), named_act_dtype(act_dtype)
     console = console or Console()
     console.width = max(_WIDTH, console.width)
     # What can fail does so before anything is measured.
@@ -98,8 +95,8 @@ def run(
         layers,
         counts,
         kinds,
-        format=known[format],
-        act_dtype=_ACT_DTYPES[act_dtype],
+        format=weights,
+        act_dtype=activations,
         backends=modules,
         burst=burst,
         tune=autotune is not None,
@@ -194,6 +191,42 @@ def spread(
                 )
 
 
+def named_format(name: str) -> WeightFormat:
+    """A weight format by its name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    known = {own.name: own for own in formats()}
+    if name not in known:
+        raise ValueError(f"format {name!r} is unknown; use one of {', '.join(known)}.")
+    return known[name]
+
+
+def named_act_dtype(name: str) -> Any:
+    """A dtype of activations by its name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in _ACT_DTYPES:
+        raise ValueError(f"act-dtype {name!r} is unknown; use {' or '.join(_ACT_DTYPES)}.")
+    return _ACT_DTYPES[name]
+
+
+def named_layers(names: Sequence[str]) -> list[Shape]:
+    """The layers of these names, or all but "tiny".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    known = {**SHAPES, TINY.name: TINY}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"shape {name!r} is unknown; use one of {', '.join(known)}.")
+    return [known[name] for name in names] or list(SHAPES.values())
+
+
 def named_shapes(names: Sequence[str]) -> list[Shape]:
     """The layers of these names, which can run here.
 
@@ -201,11 +234,7 @@ def named_shapes(names: Sequence[str]) -> list[Shape]:
       ValueError: an unknown name.
       RuntimeError: a layer other than "tiny" where the kernels cannot run.
     """
-    known = {**SHAPES, TINY.name: TINY}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"shape {name!r} is unknown; use one of {', '.join(known)}.")
-    chosen = [known[name] for name in names] or list(SHAPES.values())
+    chosen = named_layers(names)
     reason = _ffi.why_unavailable()
     if reason and chosen != [TINY]:
         raise RuntimeError(

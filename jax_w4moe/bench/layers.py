@@ -42,15 +42,20 @@ def layer(call: Call, experts: PackedExperts, act_dtype: Any = jnp.float8_e4m3fn
     return fused_moe(call.x, experts, call.topk_ids, call.topk_weights, act_dtype=act_dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "format"))
-def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -> PackedExperts:
-    """Random codes under one scale: what the kernels do does not depend on the values."""
+def row_scale_words(format: WeightFormat) -> np.ndarray:
+    """What a row of a record has beside its codes, for one scale: u32[format.scale_words]."""
     groups = format.num_scales(BLOCK_K)
     dtype = jnp.float32 if format.scale_dtype == jnp.uint8 else format.scale_dtype
     with jax.ensure_compile_time_eval():
         scales = format.canonical_scales(jnp.full((1, groups), 2.0**-9, dtype))
         words, _ = format.words_from_scales(jnp.ones((1, BLOCK_K), jnp.uint8), scales)
-        word = np.asarray(words).view(np.uint8).reshape(-1)
+        return np.asarray(words).view(np.uint32).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "format"))
+def random_experts(key: jax.Array, shape: Shape, format: WeightFormat = MXFP4) -> PackedExperts:
+    """Random codes under one scale: what the kernels do does not depend on the values."""
+    word = row_scale_words(format).view(np.uint8)
 
     def tensor(key: jax.Array, rows: int, columns: int, order: RowOrder) -> PackedTensor:
         grid = record_grid(rows, columns, 2 if order == "gate_up" else 1)

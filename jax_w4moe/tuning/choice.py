@@ -45,9 +45,14 @@ def choose(problem: Problem, tactic: Tactic | None = None) -> Choice:
     if tactic is not None:
         return Choice(tactic, "the argument")
     device = implementation.device_kind()
+    if device is not None and (winner := loaded(device, problem)):
+        return Choice(winner.tactic, "autotune")
+    return packaged(device, problem)
+
+
+def packaged(device: str | None, problem: Problem) -> Choice:
+    """What the package chooses by itself on a kind of device, or where there is none."""
     if device is not None:
-        if winner := loaded(device, problem):
-            return Choice(winner.tactic, "autotune")
         table = winners.shipped(device)
         for measured in alike(problem):
             winner = table.get(measured)
