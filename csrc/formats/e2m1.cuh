@@ -19,7 +19,7 @@ struct E2m1Codes : CodesWithoutTable<E2m1Codes> {
     constexpr uint32_t kLow = 0x3C383000, kHigh = 0x4C484440;
     const uint32_t selector = codes & 0x77777777u;
     first = ptx::Permute(kLow, kHigh, selector) | (codes & 0x80808080u);
-    second = ptx::Permute(kLow, kHigh, selector >> 16) | (codes << 4 & 0x80808080u);
+    second = ptx::Permute(kLow, kHigh, ptx::UpperHalf(selector)) | (codes << 4 & 0x80808080u);
   }
 };
 

@@ -7,7 +7,7 @@ namespace jax_w4moe {
 
 struct Int4G128 : Int4Codes {
   using Scales = float2;
-  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, const RecordThread& thread) {
     const uint2 words = ScaleWords(record, thread);
     return {__uint_as_float(words.x), __uint_as_float(words.y)};
   }

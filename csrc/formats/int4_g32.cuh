@@ -10,7 +10,7 @@ namespace jax_w4moe {
 struct Int4G32 : Int4Codes {
   // Two bf16 a word.
   using Scales = uint4;
-  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, const RecordThread& thread) {
     return ScaleWordPairs(record, thread);
   }
   static __device__ __forceinline__ float Scale(const Scales& s, int group, int half) {

@@ -3,7 +3,8 @@
 // The byte map is docs/layout.md; jax_w4moe/formats/{layout,mxfp4}.py write it. A decoder has:
 //   kTableBytes, TableByte   a table in shared memory, and its bytes
 //   Tables, LoadTables       what a thread keeps of it for a record
-//   DecodePlane              the A fragments of one of a record's two planes, from its codes
+//   DecodePlane              the A fragments of one of a record's two planes (two WGMMAs, each
+//                            m64k32), from its codes
 //   kFewWidths               few widths of tiles are compiled: long code that is rarely used
 //   Scales, LoadScales       what a thread keeps of the scales of rows g and g + 8
 //   Scale                    the f32 of a group (FormatTraits::kGroups), of one of the two
@@ -38,25 +39,23 @@ struct Mxfp4 {
   struct Tables {
     uint2 low, high;
   };
-  static __device__ __forceinline__ Tables LoadTables(uint32_t record, int thread, uint32_t table) {
+  static __device__ __forceinline__ Tables LoadTables(uint32_t record, const RecordThread& thread,
+                                                      uint32_t table) {
     const uint2 words = ScaleWords(record, thread);
-    const int shift = thread % 4 * 4;
-    return {ptx::LoadShared64(table + (words.x >> shift & 0x78)),
-            ptx::LoadShared64(table + (words.y >> shift & 0x78))};
+    return {ptx::LoadShared64(table + (words.x >> thread.quarter & 0x78)),
+            ptx::LoadShared64(table + (words.y >> thread.quarter & 0x78))};
   }
 
-  // Instructions (m64k32 each) 2 kPlane and 2 kPlane + 1 of a record.
-  template <int kPlane>
   static __device__ __forceinline__ void DecodePlane(uint4 codes, const Tables& tables,
-                                                     uint32_t (&a)[4][4]) {
-    Decode(codes.x, tables.low, a[2 * kPlane][0], a[2 * kPlane][2]);
-    Decode(codes.y, tables.high, a[2 * kPlane][1], a[2 * kPlane][3]);
-    Decode(codes.z, tables.low, a[2 * kPlane + 1][0], a[2 * kPlane + 1][2]);
-    Decode(codes.w, tables.high, a[2 * kPlane + 1][1], a[2 * kPlane + 1][3]);
+                                                     Plane& plane) {
+    Decode(codes.x, tables.low, plane[0][0], plane[0][2]);
+    Decode(codes.y, tables.high, plane[0][1], plane[0][3]);
+    Decode(codes.z, tables.low, plane[1][0], plane[1][2]);
+    Decode(codes.w, tables.high, plane[1][1], plane[1][3]);
   }
 
   using Scales = float2;
-  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, const RecordThread& thread) {
     const uint2 words = ScaleWords(record, thread);
     return {__uint_as_float(words.x & 0x7f800000u), __uint_as_float(words.y & 0x7f800000u)};
   }
@@ -70,7 +69,7 @@ struct Mxfp4 {
                                                 uint32_t& second) {
     const uint32_t selector = codes & 0x77777777u;
     first = ptx::Permute(table.x, table.y, selector) | (codes & 0x80808080u);
-    second = ptx::Permute(table.x, table.y, selector >> 16) | (codes << 4 & 0x80808080u);
+    second = ptx::Permute(table.x, table.y, ptx::UpperHalf(selector)) | (codes << 4 & 0x80808080u);
   }
 };
 

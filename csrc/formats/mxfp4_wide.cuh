@@ -9,7 +9,7 @@ namespace jax_w4moe {
 struct Mxfp4Wide : E2m1Codes {
   // Four E8M0 bytes of each row.
   using Scales = uint2;
-  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, const RecordThread& thread) {
     return ScaleWords(record, thread);
   }
   static __device__ __forceinline__ float Scale(const Scales& s, int group, int half) {

@@ -14,8 +14,8 @@ struct Nvfp4 : E2m1Codes {
     uint32_t bytes[2][2];
     float row[2];
   };
-  static __device__ __forceinline__ Scales LoadScales(uint32_t record, int thread) {
-    const uint32_t at = record + kCodeBytes + RowPair(thread) * 24;
+  static __device__ __forceinline__ Scales LoadScales(uint32_t record, const RecordThread& thread) {
+    const uint32_t at = record + kCodeBytes + thread.scales * 3;
     const uint2 a = ptx::LoadShared64(at), b = ptx::LoadShared64(at + 8),
                 c = ptx::LoadShared64(at + 16);
     return {{{a.x, a.y}, {b.y, c.x}}, {__uint_as_float(b.x), __uint_as_float(c.y)}};

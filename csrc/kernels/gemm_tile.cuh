@@ -33,17 +33,23 @@ struct GroupedGemmTile {
   static_assert(kIsOneToken || kTokens >= kMinTileTokens, "a plan has room for that many only");
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
+  // Fragments are of two records, the one that is multiplied and the next one. Where sums leave few
+  // registers there is one second plane only: the next one's is decoded when products have ended.
+  static constexpr int kSums = (kTokens + kMaxWidth) / 2;  // registers of a thread
+  static constexpr bool kIsTight = (kWarpgroups == 2 ? 232 : 160) - kSums < 52;
+  static constexpr int kSecondPlanes = kIsTight ? 1 : 2;
+
   // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
   // leave 12,288 of an SM's to blocks of the next kernel, which wait there for what this one
-  // writes; decoders that promote more often need them themselves. Where three warpgroups have two
-  // sub-tiles each, those that load and store leave them what they can.
+  // writes; decoders that promote more often need them themselves. Where three warpgroups have many
+  // sums, those that load and store leave them what they can.
   static constexpr bool kLeavesRegisters = kTokens <= 64 && kGroups == 1;
   static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
   static constexpr int kMathRegisters = kWarpgroups == 2   ? 232
                                         : kLeavesRegisters ? 120
-                                        : kSubtiles == 1   ? 152
+                                        : !kIsTight        ? 152
                                                            : 160;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kSubtiles == 1 ? 56 : 32;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kIsTight ? 32 : 56;
   static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
                 "there are no more");
 

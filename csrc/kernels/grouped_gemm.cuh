@@ -86,7 +86,8 @@ __global__ void __maxnreg__(Tile::kRegisters)
   if constexpr (!Tile::kIsOneToken) waits = !p.waits_for_rows;
   if (waits) ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
-  const uint64_t first_tile = TokenDescriptor(tokens);
+  const RecordThread reader(thread, !Tile::kIsTight);
+  const uint32_t first_tile = TokenDescriptor(tokens);
   int stage = 0;
   uint32_t parity = 0;
   auto advance = [&] {
@@ -154,66 +155,73 @@ __global__ void __maxnreg__(Tile::kRegisters)
           advance();
           return record_at(used);
         };
-        MultiplyOneToken<Tile>(acc[0], p.weights.k_blocks, first_tile, thread, table, take,
+        MultiplyOneToken<Tile>(acc[0], p.weights.k_blocks, first_tile, reader, table, take,
                                [&] { release(used); });
       } else {
         float partial[kWidth / 2];
-        uint32_t a[2][4][4];
+        // Of the record that is multiplied and of the next one, in turn.
+        Plane first[2], second[Tile::kSecondPlanes];
+        typename Decoder::Scales group_scales;
+        uint32_t record;  // the last that was loaded
         typename Decoder::Tables tables;
-        auto load_first = [&](uint32_t (&fragments)[4][4]) {
+        auto load_first = [&](int to) {
           ptx::BarrierWait(full + 8 * stage, parity);
-          tables = Decoder::LoadTables(record_at(stage), thread, table);
-          Decoder::template DecodePlane<0>(Codes<0>(record_at(stage), thread), tables, fragments);
+          record = record_at(stage);
+          tables = Decoder::LoadTables(record, reader, table);
+          Decoder::DecodePlane(Codes<0>(record, reader), tables, first[to]);
         };
-        auto load_second = [&](uint32_t (&fragments)[4][4]) {
-          Decoder::template DecodePlane<1>(Codes<1>(record_at(stage), thread), tables, fragments);
-        };
-        auto load_all = [&](uint32_t (&fragments)[4][4]) {
-          load_first(fragments);
-          load_second(fragments);
+        auto load_second = [&](int to) {
+          Decoder::DecodePlane(Codes<1>(record, reader), tables, second[to % Tile::kSecondPlanes]);
         };
         auto token_tile = [&](int at, int first) {
           return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
         };
-        typename Decoder::Scales scale;
-        auto promote = [&](float (&to)[kWidth / 2], int group) {
-#pragma unroll
-          for (int j = 0; j < kWidth / 2; ++j) {
-            to[j] = fmaf(partial[j], Decoder::Scale(scale, group, j / 2 % 2), to[j]);
-          }
-        };
-        // One K128, decoded into `now`; the next is decoded into `next` while the products run.
-        // Nothing is read from shared memory between a product's end and the next one's issue:
-        // beside WGMMA's own reads that takes long.
-        auto step = [&](const uint32_t (&now)[4][4], uint32_t (&next)[4][4], bool more) {
+        // One K128; the next is decoded while the products run, but for its second plane where that
+        // has one place. Nothing else is read from shared memory between a product's end and the
+        // next one's issue: beside WGMMA's own reads that takes long.
+        auto step = [&](auto which, bool more) {
+          constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
           const int used = stage;
           advance();
 #pragma unroll
           for (int n = 0; n < kSubtiles; ++n) {
             ForEachGroup<Tile::kGroups>([&](auto group) {
               constexpr int kGroup = decltype(group)::value;
-              constexpr bool kIsLast = kGroup + 1 == Tile::kGroups;
+              const bool is_first = n == 0 && kGroup == 0;
+              const bool is_last = n + 1 == kSubtiles && kGroup + 1 == Tile::kGroups;
               Multiply<Activations, kWidth, Tile::kGroups, kGroup>(
-                  partial, now, token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
-              if (n == 0 && kGroup == 0) scale = Decoder::LoadScales(record_at(used), thread);
-              if constexpr (kSubtiles * Tile::kGroups == 1) {
+                  partial, first[kNow], second[kNow % Tile::kSecondPlanes],
+                  token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
+              if (is_first) group_scales = Decoder::LoadScales(record, reader);
+              if (Tile::kSecondPlanes == 2 && is_first && is_last) {
                 // One branch, in which all loads are on their way at once.
-                if (more) load_all(next);
+                if (more) {
+                  load_first(kNext);
+                  load_second(kNext);
+                }
               } else {
-                if (n == 0 && kGroup == 0 && more) load_first(next);
-                if (n + 1 == kSubtiles && kIsLast && more) load_second(next);
+                if (is_first && more) load_first(kNext);
+                if (Tile::kSecondPlanes == 2 && is_last && more) load_second(kNext);
               }
               WaitForProducts(partial);
-              if (n + 1 == kSubtiles && kIsLast) release(used);
-              promote(acc[n], kGroup);
+              if (is_last) release(used);
+              if (Tile::kSecondPlanes == 1 && is_last && more) load_second(kNext);
+#pragma unroll
+              for (int j = 0; j < kWidth / 2; ++j) {
+                acc[n][j] =
+                    fmaf(partial[j], Decoder::Scale(group_scales, kGroup, j / 2 % 2), acc[n][j]);
+              }
             });
           }
         };
-        load_all(a[0]);
+        constexpr std::integral_constant<int, 0> zero;
+        constexpr std::integral_constant<int, 1> one;
+        load_first(0);
+        load_second(0);
         for (int k = p.weights.k_blocks;; k -= 2) {
-          step(a[0], a[1], k > 1);
+          step(zero, k > 1);
           if (k == 1) break;
-          step(a[1], a[0], k > 2);
+          step(one, k > 2);
           if (k == 2) break;
         }
       }

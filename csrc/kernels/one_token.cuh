@@ -85,9 +85,9 @@ struct OneTokenRow<Tile, false> {
 // multiplied, whose sums are added beside the next product. take() waits for the next record in
 // shared memory, release() ends its use.
 template <typename Tile, typename Take, typename Release>
-__device__ __forceinline__ void MultiplyOneToken(float (&acc)[4], int k_blocks, uint64_t first_tile,
-                                                 int thread, uint32_t table, const Take& take,
-                                                 const Release& release) {
+__device__ __forceinline__ void MultiplyOneToken(float (&acc)[4], int k_blocks, uint32_t first_tile,
+                                                 const RecordThread& thread, uint32_t table,
+                                                 const Take& take, const Release& release) {
   using Decoder = typename Tile::Decoder;
   using Activations = typename Tile::Activations;
   constexpr int kGroups = Tile::kGroups, kWidth = 8;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void MultiplyOneToken(float (&acc)[4], int k_blocks, 
   };
   Record now = load();
   typename Decoder::Scales scales[2];
-  uint32_t a[2][4][4];
+  Plane a[2][2];
   float partial[2][kGroups][kWidth / 2];
   // K128 `block`, which is `now`.
   auto start = [&](auto which, int block, auto is_last) {
@@ -112,16 +112,18 @@ __device__ __forceinline__ void MultiplyOneToken(float (&acc)[4], int k_blocks, 
     constexpr bool kIsLast = decltype(is_last)::value;
     Record next;
     if constexpr (!kIsLast) next = load();
-    Decoder::template DecodePlane<0>(now.codes[0], now.tables, a[kWhich]);
-    Decoder::template DecodePlane<1>(now.codes[1], now.tables, a[kWhich]);
+    Decoder::DecodePlane(now.codes[0], now.tables, a[kWhich][0]);
+    Decoder::DecodePlane(now.codes[1], now.tables, a[kWhich][1]);
     scales[kWhich] = now.scales;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) cute::warpgroup_fence_operand(a[kWhich][i / 4][i % 4]);
+    for (int i = 0; i < 16; ++i) {
+      cute::warpgroup_fence_operand(a[kWhich][i / 8][i / 4 % 2][i % 4]);
+    }
     cute::warpgroup_arrive();
     ForEachGroup<kGroups>([&](auto group) {
       constexpr int kGroup = decltype(group)::value;
       IssueGroup<Activations, kWidth, kGroups, kGroup>(
-          partial[kWhich][kGroup], a[kWhich],
+          partial[kWhich][kGroup], a[kWhich][0], a[kWhich][1],
           first_tile + block * Tile::kPanels * Tile::kTokens * kDescriptorToken,
           Tile::kTokens * kDescriptorToken);
     });

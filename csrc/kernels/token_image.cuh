@@ -16,17 +16,32 @@ namespace jax_w4moe {
 
 inline constexpr int kImageThreads = 128;
 
+// A warp, or all of a block.
+template <int kTeam>
+__device__ __forceinline__ void SyncTeam() {
+  if constexpr (kTeam == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // --- placements ---
 //
+// kTeam: the threads of a row, a warp or a block. kKept: chunks that each of them reads once; wider
+//   rows are read twice. kBlocks: for __launch_bounds__, or 0.
 // HasRow: whether the row goes anywhere; asked before the preceding kernel is complete.
 // Wait: until the row of the source is there. Done: it has been written, by all threads.
 // kLaunchFirst: the next kernel may start before the preceding one is complete. It may not where it
-// takes a plan for granted that the preceding one makes.
+//   takes a plan for granted that the preceding one makes.
 
 inline constexpr int kMaxCountedPairs = 2048;  // more are placed by route.cuh's kernels
 
 // Of placements whose source the preceding kernels have written when they are complete.
 struct AfterPrecedingKernels {
+  static constexpr int kTeam = kImageThreads;
+  static constexpr int kKept = 4;
+  static constexpr int kBlocks = 6;
   __device__ __forceinline__ void Wait(int) const { ptx::WaitForPrecedingKernels(); }
   __device__ __forceinline__ void Done(int) const {}
 };
@@ -121,24 +136,32 @@ struct PlaceByTable : AfterPrecedingKernels {
 // writes them says that they are there, and handed to the next one by a count as well, so that an
 // expert need not wait for all others. That GEMM's CTAs have all begun when this kernel begins, and
 // this kernel's blocks when the next GEMM begins: who waits does so for somebody at work.
+template <int kTeam_>
 struct PlaceInPlace {
   Handover from;
+  int num_rows;
 
+  static constexpr int kTeam = kTeam_;
+  static constexpr int kKept = kTeam == 32 ? 6 : 2;
+  // Beside the GEMM that writes h there is room for one block of 80 registers, or two of 48.
+  static constexpr int kBlocks = kTeam == 32 ? 6 : 0;
   static constexpr bool kLaunchFirst = true;
   struct Shared {};
 
   __device__ __forceinline__ int Count() const { return 1; }
-  __device__ __forceinline__ bool HasRow(int row) const { return from.row_tags[row] != kNoExpert; }
+  __device__ __forceinline__ bool HasRow(int row) const {
+    return row < num_rows && from.row_tags[row] != kNoExpert;
+  }
   __device__ __forceinline__ void Wait(int row) const {
     if (!from.by_counts) return ptx::WaitForPrecedingKernels();
-    if (HasRow(row) && threadIdx.x == 0) {
+    if (HasRow(row) && threadIdx.x % kTeam == 0) {
       const int expert = TagExpert(from.row_tags[row]);
       const int tiles = (from.plan.size[expert] + from.tile_tokens - 1) / from.tile_tokens;
       while (ptx::LoadAcquire(from.plan.slabs_done + expert) != tiles * from.slabs) {
         __nanosleep(50);
       }
     }
-    __syncthreads();
+    SyncTeam<kTeam>();
   }
   __device__ __forceinline__ bool Begin(Shared&, int row) const { return HasRow(row); }
   __device__ __forceinline__ Place At(const Shared&, int row, int) const {
@@ -146,12 +169,13 @@ struct PlaceInPlace {
   }
   __device__ __forceinline__ void Done(int row) const {
     if (!from.by_counts) return;
-    __syncthreads();
+    SyncTeam<kTeam>();
     if (HasRow(row)) {
-      ptx::AddOneRelease(from.plan.rows_ready + TagExpert(from.row_tags[row]), threadIdx.x == 0);
+      ptx::AddOneRelease(from.plan.rows_ready + TagExpert(from.row_tags[row]),
+                         threadIdx.x % kTeam == 0);
     }
     // Who waits for all of this kernel waits for the one before it too.
-    if (row + 1 == gridDim.x) ptx::WaitForPrecedingKernels();
+    if (row + 1 == num_rows) ptx::WaitForPrecedingKernels();
   }
 };
 
@@ -207,39 +231,38 @@ struct PlaceByGroup : AfterPrecedingKernels {
   }
 };
 
-inline constexpr int kKeptChunks = 2;  // of a thread: rows of up to 4,096 values are read once
-
-// One block per row of the source.
+// The rows of the source, as many as a block has teams.
 template <typename Source, typename Placement>
-__global__ void __launch_bounds__(kImageThreads)
+__global__ void __launch_bounds__(kImageThreads, Placement::kBlocks)
     WriteTokenImage(Source source, Placement placement, TokenImage image) {
   __shared__ typename Placement::Shared shared;
-  const int row = blockIdx.x, chunks = (source.width + 127) / 128 * 8;
+  constexpr int kTeam = Placement::kTeam, kKept = Placement::kKept;
+  const int row = blockIdx.x * (kImageThreads / kTeam) + threadIdx.x / kTeam;
+  const int thread = threadIdx.x % kTeam, chunks = (source.width + 127) / 128 * 8;
   if constexpr (Placement::kLaunchFirst) ptx::LaunchDependents();
   const bool has_row = placement.HasRow(row);
   placement.Wait(row);
   if constexpr (!Placement::kLaunchFirst) ptx::LaunchDependents();
-  typename Source::Raw kept[kKeptChunks]{};
+  typename Source::Raw kept[kKept]{};
   if (has_row) {  // before it is known where to: loads take time
 #pragma unroll
-    for (int i = 0; i < kKeptChunks; ++i) {
-      const int chunk = threadIdx.x + i * kImageThreads;
+    for (int i = 0; i < kKept; ++i) {
+      const int chunk = thread + i * kTeam;
       if (chunk < chunks) kept[i] = source.Load(row, chunk);
     }
   }
   if (!placement.Begin(shared, row)) return placement.Done(row);
   uint32_t amax_bits = 0;
 #pragma unroll
-  for (int i = 0; i < kKeptChunks; ++i) amax_bits = max(amax_bits, Source::AbsMax(kept[i]));
-  constexpr int kKept = kKeptChunks * kImageThreads;
-  for (int chunk = threadIdx.x + kKept; chunk < chunks; chunk += kImageThreads) {
+  for (int i = 0; i < kKept; ++i) amax_bits = max(amax_bits, Source::AbsMax(kept[i]));
+  for (int chunk = thread + kKept * kTeam; chunk < chunks; chunk += kTeam) {
     amax_bits = max(amax_bits, Source::AbsMax(source.Load(row, chunk)));
   }
-  if (source.NeedsAmax()) amax_bits = TeamMax<kImageThreads>(amax_bits);
+  if (source.NeedsAmax()) amax_bits = TeamMax<kTeam>(amax_bits);
   float scale;
   const float inv_scale = source.Finish(row, amax_bits, scale);
-  if (threadIdx.x < placement.Count()) {
-    const Place place = placement.At(shared, row, threadIdx.x);
+  if (thread < placement.Count()) {
+    const Place place = placement.At(shared, row, thread);
     if (place.phase >= 0) image.row_scale[place.row] = scale;
   }
   auto write = [&](int chunk, const typename Source::Raw& raw) {
@@ -251,11 +274,11 @@ __global__ void __launch_bounds__(kImageThreads)
     }
   };
 #pragma unroll
-  for (int i = 0; i < kKeptChunks; ++i) {
-    const int chunk = threadIdx.x + i * kImageThreads;
+  for (int i = 0; i < kKept; ++i) {
+    const int chunk = thread + i * kTeam;
     if (chunk < chunks) write(chunk, kept[i]);
   }
-  for (int chunk = threadIdx.x + kKept; chunk < chunks; chunk += kImageThreads) {
+  for (int chunk = thread + kKept * kTeam; chunk < chunks; chunk += kTeam) {
     write(chunk, source.Load(row, chunk));
   }
   placement.Done(row);

@@ -68,8 +68,17 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
 
 void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
                       const TokenImage& image, cudaStream_t stream) {
-  WithSource(h, PlaceInPlace{handover}, image, [&](auto kernel, auto... args) {
-    LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
+  constexpr int kFewRows = 256;  // a block each: until there is one row, not until all are there
+  constexpr int kRows = kImageThreads / 32;
+  if (num_rows < kFewRows) {
+    WithSource(h, PlaceInPlace<kImageThreads>{handover, num_rows}, image,
+               [&](auto kernel, auto... args) {
+                 LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
+               });
+    return;
+  }
+  WithSource(h, PlaceInPlace<32>{handover, num_rows}, image, [&](auto kernel, auto... args) {
+    LaunchDependent(kernel, (num_rows + kRows - 1) / kRows, kImageThreads, 0, stream, args...);
   });
 }
 

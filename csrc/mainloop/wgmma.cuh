@@ -6,6 +6,7 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
+#include "formats/record.cuh"
 #include "mainloop/activations.cuh"
 
 namespace jax_w4moe {
@@ -39,35 +40,39 @@ JAX_W4MOE_WGMMA_ATOM(120)
 JAX_W4MOE_WGMMA_ATOM(128)
 #undef JAX_W4MOE_WGMMA_ATOM
 
-// Descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128 bytes (PTX ISA,
-// "Matrix descriptor"). Its address is in units of 16 bytes: 32 of K further on is 2, the next
-// token kDescriptorToken.
+// Lower half of the descriptor of a token tile: K-major, 128-byte swizzle, atoms of 8 tokens x 128
+// bytes (PTX ISA, "Matrix descriptor"). Its address is in units of 16 bytes: 32 of K further on is
+// 2, the next token kDescriptorToken. The upper half is always the same, and no sum reaches it.
 inline constexpr int kDescriptorToken = 128 / 16;
-__device__ __forceinline__ uint64_t TokenDescriptor(uint32_t shared) {
-  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32, kSwizzle128 = uint64_t{1} << 62;
-  return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | kStride | kSwizzle128;
+__device__ __forceinline__ uint32_t TokenDescriptor(uint32_t shared) {
+  return (shared & 0x3FFFF) >> 4 | 1 << 16;
+}
+__device__ __forceinline__ uint64_t WholeDescriptor(uint32_t lower) {
+  constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = 1 << 30;
+  return (kStride | kSwizzle128) << 32 | lower;
 }
 
 template <bool kIsE5m2, int N, size_t... kI>
-__device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+__device__ __forceinline__ void Wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b,
                                       bool accumulate, std::index_sequence<kI...>) {
   WgmmaAtom<kIsE5m2, N>::Type::fma(
-      a[0], a[1], a[2], a[3], b, d[kI]...,
+      a[0], a[1], a[2], a[3], WholeDescriptor(b), d[kI]...,
       accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
 template <typename Activations, int N, int kFirst, int kCount, int kPanel = 0>
-__device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                               uint64_t tokens, uint64_t panel_stride) {
+__device__ __forceinline__ void MultiplyPanels(float (&partial)[N / 2], const Plane& first,
+                                               const Plane& second, uint32_t tokens,
+                                               uint32_t panel_stride) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int j = kFirst + i;
-    Wgmma<Activations::kIsE5m2[kPanel], N>(partial, a[j], tokens + 2 * j, kPanel + i > 0,
-                                           std::make_index_sequence<N / 2>{});
+    Wgmma<Activations::kIsE5m2[kPanel], N>(partial, (j < 2 ? first : second)[j % 2], tokens + 2 * j,
+                                           kPanel + i > 0, std::make_index_sequence<N / 2>{});
   }
   if constexpr (kPanel + 1 < Activations::kPanels) {
-    MultiplyPanels<Activations, N, kFirst, kCount, kPanel + 1>(partial, a, tokens + panel_stride,
-                                                               panel_stride);
+    MultiplyPanels<Activations, N, kFirst, kCount, kPanel + 1>(partial, first, second,
+                                                               tokens + panel_stride, panel_stride);
   }
 }
 
@@ -79,31 +84,36 @@ __device__ __forceinline__ void ForEachGroup(const F& f) {
 }
 
 // Issues the product of a group of a record's K, one of kGroups, with a token tile, given by its
-// descriptor; its panels are `panel_stride` apart in such units. `partial` is overwritten, and may
-// be read after WaitForProducts.
+// descriptor; the record is two planes; its panels are `panel_stride` apart in such units.
+// `partial` is overwritten, and may be read after WaitForProducts.
 template <typename Activations, int N, int kGroups, int kGroup>
-__device__ __forceinline__ void IssueGroup(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                           uint64_t tokens, uint64_t panel_stride) {
+__device__ __forceinline__ void IssueGroup(float (&partial)[N / 2], const Plane& first,
+                                           const Plane& second, uint32_t tokens,
+                                           uint32_t panel_stride) {
   if constexpr (kGroups <= 4) {
     constexpr int kCount = 4 / kGroups;
-    MultiplyPanels<Activations, N, kGroup * kCount, kCount>(partial, a, tokens, panel_stride);
+    MultiplyPanels<Activations, N, kGroup * kCount, kCount>(partial, first, second, tokens,
+                                                            panel_stride);
   } else {  // half an instruction, zeros for the other half
     static_assert(kGroups == 8);
     constexpr int kInstruction = kGroup / 2;
-    uint32_t half[4][4];
+    Plane half;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      half[kInstruction][i] = i / 2 == kGroup % 2 ? a[kInstruction][i] : 0;
-    MultiplyPanels<Activations, N, kInstruction, 1>(partial, half, tokens, panel_stride);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t all = (kInstruction < 2 ? first : second)[kInstruction % 2][i];
+      half[kInstruction % 2][i] = i / 2 == kGroup % 2 ? all : 0;
+    }
+    MultiplyPanels<Activations, N, kInstruction, 1>(partial, half, half, tokens, panel_stride);
   }
 }
 
 // The same, between the fences of one group alone.
 template <typename Activations, int N, int kGroups, int kGroup>
-__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const uint32_t (&a)[4][4],
-                                         uint64_t tokens, uint64_t panel_stride) {
+__device__ __forceinline__ void Multiply(float (&partial)[N / 2], const Plane& first,
+                                         const Plane& second, uint32_t tokens,
+                                         uint32_t panel_stride) {
   cute::warpgroup_arrive();
-  IssueGroup<Activations, N, kGroups, kGroup>(partial, a, tokens, panel_stride);
+  IssueGroup<Activations, N, kGroups, kGroup>(partial, first, second, tokens, panel_stride);
   cute::warpgroup_commit_batch();
 }
 

@@ -24,6 +24,11 @@ __device__ __forceinline__ int FreshThreadIndex() {
 // follows from it may live in uniform registers, where WGMMA takes its descriptors from.
 __device__ __forceinline__ int Uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
+// The value, of an origin that the compiler does not know: it is kept, not computed again.
+__device__ __forceinline__ uint32_t Opaque(uint32_t value) {
+  return __shfl_sync(~0u, value, threadIdx.x % 32);
+}
+
 // cp.async.bulk of `bytes` (a multiple of 16) from global to shared, signalling an mbarrier.
 __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, uint32_t bytes,
                                          uint32_t mbarrier, uint64_t policy) {
@@ -163,6 +168,12 @@ __device__ __forceinline__ float Tanh(float x) {
   float result;
   asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// The upper half of a word, as a dot product of its halves with 0 and 1: a shift would take the
+// integer pipe, which has most to do where codes are decoded.
+__device__ __forceinline__ uint32_t UpperHalf(uint32_t word) {
+  return __dp2a_lo(word, 0x0100u, 0u);
 }
 
 // prmt.b32 without the selector mask that __byte_perm inserts.

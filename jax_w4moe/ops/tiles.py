@@ -6,17 +6,24 @@ import jax.numpy as jnp
 
 from jax_w4moe.formats.layout import round_up
 
-TILE_TOKENS = (64, 96, 144, 240, 288)
+TILE_TOKENS = (64, 96, 120, 160, 240, 288)
 """Tokens of the compiled tiles; results do not depend on the tile, bit for bit. The kernel cuts the
 rows of each expert into as few tiles as hold them, as equal as can be."""
 
-BF16_TILE_TOKENS = (32, 64, 144, 192, 224)
+BF16_TILE_TOKENS = (32, 64, 96, 120, 160, 192, 224)
 """The same for bf16 activations."""
 
 GROUPS = {"int4_g32": 4, "mxfp4_wide": 4, "nvfp4": 8}
 """Groups of 128 of K that have a sum each, where it is not one; as in csrc/formats/formats.h."""
 
-LIMITS = {144: (1, 1), 192: (4, 8), 224: (1, 1), 240: (1, 4), 288: (1, 1)}
+LIMITS = {
+    120: (1, 1),
+    160: (1, 1),
+    192: (4, 8),
+    224: (1, 1),
+    240: (1, 4),
+    288: (1, 4),
+}
 """The least and the most groups of the formats that have a tile, where not all formats have it; as
 in csrc/launch/grouped_gemm_tiles.h."""
 

@@ -140,7 +140,7 @@ def test_shipped_tables() -> None:
 
 
 def test_a_format_without_times_of_its_own_takes_mxfp4s(h200: None) -> None:
-    sizes = (7168, 2048, 32, 8 * 1024)
+    sizes = (7168, 2048, 32, 8 * 8192)
     of_mxfp4 = w4.tuning.choose(w4.Problem("fused_moe", *sizes))
     assert "the measured table" in of_mxfp4.source
     assert w4.tuning.choose(w4.Problem("fused_moe", *sizes, format="int4_g128")) == of_mxfp4
