@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "formats/e2m1.cuh"
 #include "formats/record.cuh"
 #include "ptx/sm90.cuh"
 
@@ -48,10 +49,10 @@ struct Mxfp4 {
 
   static __device__ __forceinline__ void DecodePlane(uint4 codes, const Tables& tables,
                                                      Plane& plane) {
-    Decode(codes.x, tables.low, plane[0][0], plane[0][2]);
-    Decode(codes.y, tables.high, plane[0][1], plane[0][3]);
-    Decode(codes.z, tables.low, plane[1][0], plane[1][2]);
-    Decode(codes.w, tables.high, plane[1][1], plane[1][3]);
+    DecodeE2m1(codes.x, tables.low, plane[0][0], plane[0][2]);
+    DecodeE2m1(codes.y, tables.high, plane[0][1], plane[0][3]);
+    DecodeE2m1(codes.z, tables.low, plane[1][0], plane[1][2]);
+    DecodeE2m1(codes.w, tables.high, plane[1][1], plane[1][3]);
   }
 
   using Scales = float2;
@@ -61,15 +62,6 @@ struct Mxfp4 {
   }
   static __device__ __forceinline__ float Scale(const Scales& scales, int, int half) {
     return half ? scales.y : scales.x;
-  }
-
- private:
-  // Eight codes to two registers of four E4M3.
-  static __device__ __forceinline__ void Decode(uint32_t codes, uint2 table, uint32_t& first,
-                                                uint32_t& second) {
-    const uint32_t selector = codes & 0x77777777u;
-    first = ptx::Permute(table.x, table.y, selector) | (codes & 0x80808080u);
-    second = ptx::Permute(table.x, table.y, ptx::UpperHalf(selector)) | (codes << 4 & 0x80808080u);
   }
 };
 

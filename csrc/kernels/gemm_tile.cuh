@@ -36,7 +36,8 @@ struct GroupedGemmTile {
   // Fragments are of two records, the one that is multiplied and the next one. Where sums leave few
   // registers there is one second plane only: the next one's is decoded when products have ended.
   static constexpr int kSums = (kTokens + kMaxWidth) / 2;  // registers of a thread
-  static constexpr bool kIsTight = (kWarpgroups == 2 ? 232 : 160) - kSums < 52;
+  static constexpr int kMostRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr bool kIsTight = kMostRegisters - kSums < 52;
   static constexpr int kSecondPlanes = kIsTight ? 1 : 2;
 
   // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
@@ -45,10 +46,9 @@ struct GroupedGemmTile {
   // sums, those that load and store leave them what they can.
   static constexpr bool kLeavesRegisters = kTokens <= 64 && kGroups == 1;
   static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
-  static constexpr int kMathRegisters = kWarpgroups == 2   ? 232
-                                        : kLeavesRegisters ? 120
-                                        : !kIsTight        ? 152
-                                                           : 160;
+  static constexpr int kMathRegisters = kWarpgroups == 2 || kIsTight ? kMostRegisters
+                                        : kLeavesRegisters           ? 120
+                                                                     : 152;
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kIsTight ? 32 : 56;
   static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
                 "there are no more");

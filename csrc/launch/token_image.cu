@@ -1,4 +1,6 @@
 // The launches of token_image.h.
+#include <type_traits>
+
 #include "kernels/route.cuh"
 #include "kernels/token_image.cuh"
 #include "launch/launch.h"
@@ -68,18 +70,18 @@ void LaunchGroup(const Rows& rows, int num_rows, const Groups& g, const TokenIma
 
 void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
                       const TokenImage& image, cudaStream_t stream) {
-  constexpr int kFewRows = 256;  // a block each: until there is one row, not until all are there
-  constexpr int kRows = kImageThreads / 32;
+  auto launch = [&](const auto& placement) {
+    constexpr int kRows = kImageThreads / std::decay_t<decltype(placement)>::kTeam;  // of a block
+    WithSource(h, placement, image, [&](auto kernel, auto... args) {
+      LaunchDependent(kernel, (num_rows + kRows - 1) / kRows, kImageThreads, 0, stream, args...);
+    });
+  };
+  constexpr int kFewRows = 256;  // fewer have a block each, which is done sooner than a warp
   if (num_rows < kFewRows) {
-    WithSource(h, PlaceInPlace<kImageThreads>{handover, num_rows}, image,
-               [&](auto kernel, auto... args) {
-                 LaunchDependent(kernel, num_rows, kImageThreads, 0, stream, args...);
-               });
-    return;
+    launch(PlaceInPlace<kImageThreads>{handover, num_rows});
+  } else {
+    launch(PlaceInPlace<32>{handover, num_rows});
   }
-  WithSource(h, PlaceInPlace<32>{handover, num_rows}, image, [&](auto kernel, auto... args) {
-    LaunchDependent(kernel, (num_rows + kRows - 1) / kRows, kImageThreads, 0, stream, args...);
-  });
 }
 
 }  // namespace jax_w4moe
