@@ -124,6 +124,16 @@ def test_one_token_alone(format: w4.WeightFormat, act_dtype: jnp.dtype) -> None:
         assert not np.isnan(as_float64(together)).any(axis=1)[:3].any()
 
 
+@pytest.mark.parametrize("blocks", range(1, 8))
+def test_one_token_of_few_k128(blocks: int) -> None:
+    """Three warpgroups share the K128 of a slab, however few: 1 to 7 of w13's, 7 to 1 of w2's."""
+    shape = (128 * blocks, 128 * (8 - blocks), 5, 3)
+    experts = data.packed_experts(shape)
+    x, ids, weights = _tokens(shape, 9)
+    together = kernel(x, experts, ids, weights)
+    assert_bitwise(kernel(x[:1], experts, ids[:1], weights[:1]), together[:1])
+
+
 @pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=str)
 def test_one_wide_token_alone(act_dtype: jnp.dtype) -> None:
     """As many K128 as a CTA holds of a token (96, and 64 of bf16), and one more."""

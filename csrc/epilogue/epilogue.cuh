@@ -49,6 +49,21 @@ struct Epilogue {
       StoreBy(store, row, slab, live, staging);
     }
   }
+  // One token, without shared memory: a thread's sums of rows g and g + 8, the row's scale, and
+  // their biases, which may be asked for long before; for a slab beyond the last one anything.
+  __device__ __forceinline__ float2 Biases(const EpilogueTile& tile) const {
+    return kind == EpilogueKind::kGated ? gated.Biases(tile) : store.Biases(tile);
+  }
+  __device__ __forceinline__ void StoreOneToken(const float (&sums)[2], float2 biases, float scale,
+                                                const EpilogueTile& tile) const {
+    if (kind != EpilogueKind::kGated) {
+      store.StoreOneToken(sums, biases, scale, tile);
+    } else if (gated.activation.kind == ActivationKind::kSwiGlu) {
+      gated.StoreOneToken(sums, biases, scale, tile, SwiGlu(gated.activation));
+    } else {
+      gated.StoreOneToken(sums, biases, scale, tile, SiTu(gated.activation));
+    }
+  }
 
  private:
   template <typename Which>

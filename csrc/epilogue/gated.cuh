@@ -56,23 +56,31 @@ struct Gated {
 
   static constexpr int kChunks = 4;  // of 16 bytes that a token has in a tile
 
+  // Of a thread's gate and up.
+  __device__ __forceinline__ float2 Biases(const EpilogueTile& tile) const {
+    if (!bias || tile.slab >= slabs) return {0.0f, 0.0f};
+    const float* rows = bias + (int64_t{tile.expert} * slabs + tile.slab) * 64;
+    return {rows[tile.Row(0)], rows[tile.Row(2)]};
+  }
+  template <typename Act>
+  __device__ __forceinline__ void StoreOneToken(const float (&sums)[2], float2 biases, float scale,
+                                                const EpilogueTile& tile, const Act& act) const {
+    h[(tile.first_row * slabs + tile.slab) * 32 + tile.Row(0) / 16 * 8 + tile.Row(0) % 8] =
+        __float2bfloat16_rn(act(sums[0] * scale + biases.x, sums[1] * scale + biases.y));
+  }
+
   // act: of the two above.
   template <int kTokens, typename Act>
   __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile,
                                         const Act& act) const {
-    float gate_bias = 0.0f, up_bias = 0.0f;
-    if (bias) {
-      const float* rows = bias + (int64_t{tile.expert} * slabs + tile.slab) * 64;
-      gate_bias = rows[tile.Row(0)];
-      up_bias = rows[tile.Row(2)];
-    }
+    const float2 biases = Biases(tile);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; i += 4) {
       const float2 scales = tile.Scales(i);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float scale = j ? scales.y : scales.x;
-        acc[i + j] = act(acc[i + j] * scale + gate_bias, acc[i + j + 2] * scale + up_bias);
+        acc[i + j] = act(acc[i + j] * scale + biases.x, acc[i + j + 2] * scale + biases.y);
       }
     }
     StageTransposed<kTokens, 1>(

@@ -13,6 +13,29 @@ struct ScaledStore {
 
   static constexpr int kChunks = 8;  // of 16 bytes that a token has in a tile of bf16
 
+  // Of a thread's rows g and g + 8.
+  __device__ __forceinline__ float2 Biases(const EpilogueTile& tile) const {
+    float shift[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = Column(tile, half);
+      if (bias && column < num_columns) {
+        shift[half] = bias[int64_t{tile.expert} * num_columns + column];
+      }
+    }
+    return {shift[0], shift[1]};
+  }
+  __device__ __forceinline__ void StoreOneToken(const float (&sums)[2], float2 biases, float scale,
+                                                const EpilogueTile& tile) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = Column(tile, half);
+      if (column >= num_columns) continue;
+      static_cast<__nv_bfloat16*>(out)[tile.first_row * num_columns + column] =
+          __float2bfloat16_rn(sums[half] * scale + (half ? biases.y : biases.x));
+    }
+  }
+
   // bf16: to shared memory.
   template <int kTokens>
   __device__ __forceinline__ void Stage(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
@@ -50,20 +73,14 @@ struct ScaledStore {
  private:
   template <int kTokens>
   __device__ __forceinline__ void Scale(float (&acc)[kTokens / 2], const EpilogueTile& tile) const {
-    const float* expert_bias = bias + int64_t{tile.expert} * num_columns;
-    float shift[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = Column(tile, half);
-      if (bias && column < num_columns) shift[half] = expert_bias[column];
-    }
+    const float2 shift = Biases(tile);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; i += 4) {
       const float2 scale = tile.Scales(i);
-      acc[i] = acc[i] * scale.x + shift[0];
-      acc[i + 1] = acc[i + 1] * scale.y + shift[0];
-      acc[i + 2] = acc[i + 2] * scale.x + shift[1];
-      acc[i + 3] = acc[i + 3] * scale.y + shift[1];
+      acc[i] = acc[i] * scale.x + shift.x;
+      acc[i + 1] = acc[i + 1] * scale.y + shift.x;
+      acc[i + 2] = acc[i + 2] * scale.x + shift.y;
+      acc[i + 3] = acc[i + 3] * scale.y + shift.y;
     }
   }
 

@@ -1,4 +1,5 @@
-// Where a record has what a thread of the warpgroup needs, whatever the format (docs/layout.md).
+// Packed records, and where one has what a thread of the warpgroup needs, whatever the format
+// (docs/layout.md).
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,17 @@
 #include "ptx/sm90.cuh"
 
 namespace jax_w4moe {
+
+// Packed weights of all experts: [E, row_blocks, k_blocks] records.
+struct Records {
+  const uint8_t* data;
+  int row_blocks;
+  int k_blocks;
+
+  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab, int record_bytes) const {
+    return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * record_bytes);
+  }
+};
 
 // Where a thread of the warpgroup finds what it needs in any record: offsets in bytes.
 struct RecordThread {

@@ -14,9 +14,16 @@ namespace jax_w4moe {
 
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
+// Lanes of a warp that say it has read a stage. One is enough after __syncwarp, and fastest; but
+// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
+#ifdef JAX_W4MOE_RACECHECK
+inline constexpr int kReleasingLanes = 32;
+#else
+inline constexpr int kReleasingLanes = 1;
+#endif
+
 // Decoder_: of formats/; Activations_: of mainloop/activations.cuh; kMaxStages: or one less, where
-// a format's records are too large. A tile of one sub-tile of 8 is for one token, which stays in
-// shared memory as a whole (kernels/one_token.cuh); the stages have weights alone.
+// a format's records are too large.
 template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,
           int kWarpgroups_, int kMaxStages>
 struct GroupedGemmTile {
@@ -29,8 +36,7 @@ struct GroupedGemmTile {
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kTokens = kSubtiles * kMaxWidth;
   static constexpr int kThreads = 128 * kWarpgroups + 128;
-  static constexpr bool kIsOneToken = kTokens == 8;
-  static_assert(kIsOneToken || kTokens >= kMinTileTokens, "a plan has room for that many only");
+  static_assert(kTokens >= kMinTileTokens, "a plan has room for that many only");
   static_assert(kWarpgroups <= 3, "a storing warp each, beside the producer's");
 
   // Fragments are of two records, the one that is multiplied and the next one. Where sums leave few
@@ -63,17 +69,13 @@ struct GroupedGemmTile {
   // Items between what the producer loads and what the slowest warpgroup finishes: one per stage,
   // the one being finished and the one being announced.
   static constexpr int Items(int stages) { return stages + 2; }
-  static constexpr int kMaximaBytes = kIsOneToken ? 16 * kWarpgroups : 0;  // of warps
-  static constexpr int TokensBytes(int stages) {
-    return (kIsOneToken ? OneTokenBlocks(kPanels) : stages) * kTokenBytes;
-  }
   // buffers: where a warpgroup stages its sub-tiles in turn.
   static constexpr int SharedBytes(int stages, int buffers) {
-    return TokensBytes(stages) + stages * kWeightBytes +
+    return stages * (kTokenBytes + kWeightBytes) +
            kWarpgroups * (buffers * kStagingBytes + 2 * kScaleBytes) + Decoder::kTableBytes +
            Items(stages) * static_cast<int>(sizeof(WorkItem)) +
            buffers * kWarpgroups * static_cast<int>(sizeof(StoreJob)) +
-           16 * (stages + buffers * kWarpgroups) + kMaximaBytes;
+           16 * (stages + buffers * kWarpgroups);
   }
   static constexpr int kStages =
       SharedBytes(kMaxStages, 1) <= kMaxSharedBytes ? kMaxStages : kMaxStages - 1;
@@ -85,7 +87,7 @@ struct GroupedGemmTile {
   static constexpr int kSharedBytes = SharedBytes(kStages, kBuffers);
   static_assert(kSharedBytes <= kMaxSharedBytes, "the tile does not fit");
 
-  static constexpr int kWeightsAt = TokensBytes(kStages);
+  static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kStagingAt = kWeightsAt + kStages * kWeightBytes;
   static constexpr int kScalesAt = kStagingAt + kBuffers * kWarpgroups * kStagingBytes;
   static constexpr int kTableAt = kScalesAt + kWarpgroups * 2 * kScaleBytes;
@@ -94,8 +96,8 @@ struct GroupedGemmTile {
   static constexpr int kBarriersAt =
       kJobsAt + kBuffers * kWarpgroups * static_cast<int>(sizeof(StoreJob));
   static_assert(kItemsAt % 16 == 0, "items are aligned");
-  static constexpr int kMaximaAt = kBarriersAt + 16 * (kStages + kBuffers * kWarpgroups);
-  static_assert(kMaximaAt + kMaximaBytes == kSharedBytes, "nothing else");
+  static_assert(kBarriersAt + 16 * (kStages + kBuffers * kWarpgroups) == kSharedBytes,
+                "nothing else");
 
   // The widths that sub-tiles are compiled for, of the multiples of 8: of two warpgroups' sub-tiles
   // up to 64, which is little for them, every other. Two sub-tiles have enough to do from 32 on.
@@ -119,9 +121,5 @@ struct GroupedGemmTile {
     }
   }
 };
-
-template <typename Decoder, typename Activations>
-using OneTokenTile =
-    GroupedGemmTile<Decoder, Activations, 1, 8, 3, Activations::kPanels == 1 ? 8 : 7>;
 
 }  // namespace jax_w4moe

@@ -11,31 +11,17 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <type_traits>
-
 #include "epilogue/epilogue.cuh"
 #include "kernels/gemm_tile.cuh"
 #include "kernels/load_items.cuh"
-#include "kernels/one_token.cuh"
 #include "kernels/store_items.cuh"
 #include "mainloop/wgmma.cuh"
 
 namespace jax_w4moe {
 
-// Lanes of a warp that say it has read a stage. One is enough after __syncwarp, and fastest; but
-// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
-#ifdef JAX_W4MOE_RACECHECK
-inline constexpr int kReleasingLanes = 32;
-#else
-inline constexpr int kReleasingLanes = 1;
-#endif
-
-template <typename Tile>
-using GemmParams = std::conditional_t<Tile::kIsOneToken, OneTokenParams, GroupedGemmParams>;
-
 template <typename Tile>
 __global__ void __maxnreg__(Tile::kRegisters)
-    GroupedGemm(const __grid_constant__ GemmParams<Tile> p,
+    GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
   using Activations = typename Tile::Activations;
@@ -73,18 +59,16 @@ __global__ void __maxnreg__(Tile::kRegisters)
     }
     __syncthreads();
     if (const int w = warp - 1; w < kWarpgroups) {
-      int* counts = nullptr;
-      if constexpr (!Tile::kIsOneToken) counts = p.counts_slabs ? p.plan.slabs_done : nullptr;
-      StoreItems(epilogue, counts, shared, Staging<Tile>{tokens, w});
+      StoreItems(epilogue, p.counts_slabs ? p.plan.slabs_done : nullptr, shared,
+                 Staging<Tile>{tokens, w});
     }
     return;
   }
 
   cutlass::arch::warpgroup_reg_alloc<Tile::kMathRegisters>();
   __syncthreads();
-  bool waits = true;  // else the first stage is full when its rows are there
-  if constexpr (!Tile::kIsOneToken) waits = !p.waits_for_rows;
-  if (waits) ptx::WaitForPrecedingKernels();
+  // Else the first stage is full when its rows are there.
+  if (!p.waits_for_rows) ptx::WaitForPrecedingKernels();
   const uint32_t table = tokens + Tile::kTableAt;
   const RecordThread reader(thread, !Tile::kIsTight);
   const uint32_t first_tile = TokenDescriptor(tokens);
@@ -105,22 +89,13 @@ __global__ void __maxnreg__(Tile::kRegisters)
   // Of the items that this warpgroup has finished, whether they are odd: scales have two places,
   // since a thread may begin the next item while another still reads this one's.
   uint32_t odd = 0;
-  [[maybe_unused]] OneTokenRow<Tile> row(p, tokens);
-  if constexpr (Tile::kIsOneToken) {
-    if (p.is_first) row.Take(0);
-  }
   for (int slot = 0;; slot = slot + 1 == Tile::kItems ? 0 : slot + 1) {
     ptx::BarrierWait(full + 8 * stage, parity);
     volatile WorkItem& item = items[slot];  // registers are scarce
     const uint32_t scales = tokens + Tile::kScalesAt + (2 * warpgroup + odd) * Tile::kScaleBytes;
-    if constexpr (Tile::kIsOneToken) {
-      if (item.live > 0 && !p.is_first) row.Take(item.first_row);
-      if (thread == 0) ptx::StoreShared32(scales, __float_as_uint(row.scale));
-    } else {
-      const float* row_scale = p.row_scale + item.first_row;
-      for (int t = ptx::FreshThreadIndex() % 128, live = item.live; t < live; t += 128) {
-        ptx::CopyAsync4(scales + t * 4, row_scale + t);
-      }
+    const float* row_scale = p.row_scale + item.first_row;
+    for (int t = ptx::FreshThreadIndex() % 128, live = item.live; t < live; t += 128) {
+      ptx::CopyAsync4(scales + t * 4, row_scale + t);
     }
     // One value for all decisions, known to be uniform from after the last divergent branch on:
     // else the ring's stage is not, and every descriptor of WGMMA goes through vector registers.
@@ -147,83 +122,71 @@ __global__ void __maxnreg__(Tile::kRegisters)
       auto record_at = [&](int at) {
         return weights + at * Tile::kWeightBytes + warpgroup * Tile::kRecordBytes;
       };
-      if constexpr (Tile::kIsOneToken) {
-        int used = 0;
-        auto take = [&] {
-          ptx::BarrierWait(full + 8 * stage, parity);
-          used = stage;
-          advance();
-          return record_at(used);
-        };
-        MultiplyOneToken<Tile>(acc[0], p.weights.k_blocks, first_tile, reader, table, take,
-                               [&] { release(used); });
-      } else {
-        float partial[kWidth / 2];
-        // Of the record that is multiplied and of the next one, in turn.
-        Plane first[2], second[Tile::kSecondPlanes];
-        typename Decoder::Scales group_scales;
-        uint32_t record;  // the last that was loaded
-        typename Decoder::Tables tables;
-        auto load_first = [&](int to) {
-          ptx::BarrierWait(full + 8 * stage, parity);
-          record = record_at(stage);
-          tables = Decoder::LoadTables(record, reader, table);
-          Decoder::DecodePlane(Codes<0>(record, reader), tables, first[to]);
-        };
-        auto load_second = [&](int to) {
-          Decoder::DecodePlane(Codes<1>(record, reader), tables, second[to % Tile::kSecondPlanes]);
-        };
-        auto token_tile = [&](int at, int first) {
-          return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
-        };
-        // One K128; the next is decoded while the products run, but for its second plane where that
-        // has one place. Nothing else is read from shared memory between a product's end and the
-        // next one's issue: beside WGMMA's own reads that takes long.
-        auto step = [&](auto which, bool more) {
-          constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
-          const int used = stage;
-          advance();
+      float partial[kWidth / 2];
+      // Of the record that is multiplied and of the next one, in turn.
+      Plane first[2], second[Tile::kSecondPlanes];
+      typename Decoder::Scales group_scales;
+      uint32_t record;  // the last that was loaded
+      typename Decoder::Tables tables;
+      auto load_first = [&](int to) {
+        ptx::BarrierWait(full + 8 * stage, parity);
+        record = record_at(stage);
+        tables = Decoder::LoadTables(record, reader, table);
+        Decoder::DecodePlane(Codes<0>(record, reader), tables, first[to]);
+      };
+      auto load_second = [&](int to) {
+        Decoder::DecodePlane(Codes<1>(record, reader), tables, second[to % Tile::kSecondPlanes]);
+      };
+      auto token_tile = [&](int at, int first) {
+        return first_tile + (at * Tile::kPanels * Tile::kTokens + first) * kDescriptorToken;
+      };
+      // One K128; the next is decoded while the products run, but for its second plane where that
+      // has one place. Nothing else is read from shared memory between a product's end and the
+      // next one's issue: beside WGMMA's own reads that takes long.
+      auto step = [&](auto which, bool more) {
+        constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
+        const int used = stage;
+        advance();
 #pragma unroll
-          for (int n = 0; n < kSubtiles; ++n) {
-            ForEachGroup<Tile::kGroups>([&](auto group) {
-              constexpr int kGroup = decltype(group)::value;
-              const bool is_first = n == 0 && kGroup == 0;
-              const bool is_last = n + 1 == kSubtiles && kGroup + 1 == Tile::kGroups;
-              Multiply<Activations, kWidth, Tile::kGroups, kGroup>(
-                  partial, first[kNow], second[kNow % Tile::kSecondPlanes],
-                  token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
-              if (is_first) group_scales = Decoder::LoadScales(record, reader);
-              if (Tile::kSecondPlanes == 2 && is_first && is_last) {
-                // One branch, in which all loads are on their way at once.
-                if (more) {
-                  load_first(kNext);
-                  load_second(kNext);
-                }
-              } else {
-                if (is_first && more) load_first(kNext);
-                if (Tile::kSecondPlanes == 2 && is_last && more) load_second(kNext);
+        for (int n = 0; n < kSubtiles; ++n) {
+          ForEachGroup<Tile::kGroups>([&](auto group) {
+            constexpr int kGroup = decltype(group)::value;
+            const bool is_first = n == 0 && kGroup == 0;
+            const bool is_last = n + 1 == kSubtiles && kGroup + 1 == Tile::kGroups;
+            Multiply<Activations, kWidth, Tile::kGroups, kGroup>(
+                partial, first[kNow], second[kNow % Tile::kSecondPlanes],
+                token_tile(used, n * kWidth), Tile::kTokens * kDescriptorToken);
+            if (is_first) group_scales = Decoder::LoadScales(record, reader);
+            if (Tile::kSecondPlanes == 2 && is_first && is_last) {
+              // One branch, in which all loads are on their way at once.
+              if (more) {
+                load_first(kNext);
+                load_second(kNext);
               }
-              WaitForProducts(partial);
-              if (is_last) release(used);
-              if (Tile::kSecondPlanes == 1 && is_last && more) load_second(kNext);
+            } else {
+              if (is_first && more) load_first(kNext);
+              if (Tile::kSecondPlanes == 2 && is_last && more) load_second(kNext);
+            }
+            WaitForProducts(partial);
+            if (is_last) release(used);
+            if (Tile::kSecondPlanes == 1 && is_last && more) load_second(kNext);
 #pragma unroll
-              for (int j = 0; j < kWidth / 2; ++j) {
-                acc[n][j] =
-                    fmaf(partial[j], Decoder::Scale(group_scales, kGroup, j / 2 % 2), acc[n][j]);
-              }
-            });
-          }
-        };
-        constexpr std::integral_constant<int, 0> zero;
-        constexpr std::integral_constant<int, 1> one;
-        load_first(0);
-        load_second(0);
-        for (int k = p.weights.k_blocks;; k -= 2) {
-          step(zero, k > 1);
-          if (k == 1) break;
-          step(one, k > 2);
-          if (k == 2) break;
+            for (int j = 0; j < kWidth / 2; ++j) {
+              acc[n][j] =
+                  fmaf(partial[j], Decoder::Scale(group_scales, kGroup, j / 2 % 2), acc[n][j]);
+            }
+          });
         }
+      };
+      constexpr std::integral_constant<int, 0> zero;
+      constexpr std::integral_constant<int, 1> one;
+      load_first(0);
+      load_second(0);
+      for (int k = p.weights.k_blocks;; k -= 2) {
+        step(zero, k > 1);
+        if (k == 1) break;
+        step(one, k > 2);
+        if (k == 2) break;
       }
       EpilogueTile tile{ptx::FreshThreadIndex() % 128,
                         item.expert,

@@ -2,42 +2,13 @@
 // the ring of stages.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
-#include "common/limits.h"
-#include "common/scale_rule.h"
-#include "formats/formats.h"
+#include "formats/record.cuh"
 #include "ptx/sm90.cuh"
 #include "schedule/items.cuh"
 
 namespace jax_w4moe {
-
-// Packed weights of all experts: [E, row_blocks, k_blocks] records.
-struct Records {
-  const uint8_t* data;
-  int row_blocks;
-  int k_blocks;
-
-  __device__ __forceinline__ const uint8_t* Slab(int expert, int slab, int record_bytes) const {
-    return data + (int64_t{expert} * row_blocks + slab) * (int64_t{k_blocks} * record_bytes);
-  }
-};
-
-// One token: every slot of it is a tile of one row, for which no plan, image or row scales are
-// needed. The row with the number of the slot is the slot's.
-struct OneTokenParams {
-  Records weights;
-  const int* expert_ids;  // [num_slots], complete before the preceding kernel began
-  int num_slots;          // at most 32
-  int num_experts;
-  const __nv_bfloat16* rows;  // x, the row of all slots, or h: [num_slots, width]
-  int width;
-  bool is_first;  // of an op's kernels: those before it are other ops'; `rows` is x
-  KOrder order;
-  ScaleRule rule;
-};
 
 struct GroupedGemmParams {
   Records weights;
@@ -62,16 +33,6 @@ __device__ __forceinline__ void Announce(volatile WorkItem& to, const WorkItem& 
   to.first_row = item.first_row;
   to.live = item.live;
   to.width = item.width;
-}
-
-// Tells the warpgroups, in the place of the next item, that there is none, once its stage is free.
-__device__ __forceinline__ void AnnounceEnd(volatile WorkItem& end, uint32_t full, uint32_t empty,
-                                            uint32_t parity) {
-  ptx::BarrierWait(empty, parity);
-  if (threadIdx.x % 32 == 0) {
-    Announce(end, {0, 0, 0, 0, 0, kNoMoreItems});
-    ptx::BarrierArrive(full);
-  }
 }
 
 inline constexpr int kFewEarly = 3;  // K128 of weights that are asked for before few pairs' tokens
@@ -100,6 +61,8 @@ class ItemQueue {
   __device__ __forceinline__ bool HasItem() const { return item_ < num_items_; }
   __device__ __forceinline__ bool HasLongItems() const { return run_ == 1; }
   __device__ __forceinline__ WorkItem Item() const { return ItemAt<Tile>(planned_, rows_, item_); }
+  // Whether other token tiles of the expert read the item's weights as well.
+  __device__ __forceinline__ bool SharesWeights() const { return planned_.size > Tile::kTokens; }
   // Once for each item, when the plan in memory is there; Advance follows.
   __device__ __forceinline__ void AskAhead() {
     if (in_run_ == 0 && threadIdx.x % 32 == 0) {
@@ -172,7 +135,6 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const uint32_t to =
       shared + (is_tokens ? panel * Tile::kPanelBytes : Tile::kWeightsAt + lane * kRecordBytes);
   const uint32_t stage_bytes = is_tokens ? Tile::kTokenBytes : Tile::kWeightBytes;
-  const uint64_t policy = is_tokens ? ptx::kEvictNormal : ptx::kEvictFirst;
   const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
   int early = is_early ? min(k_blocks, is_few ? kFewEarly : kStages) : 0;
@@ -187,6 +149,8 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
                               : p.weights.Slab(item.expert, item.first_slab + lane, kRecordBytes);
     const uint32_t tile_bytes = item.live * 128;
     const uint32_t bytes = is_tokens ? tile_bytes : kRecordBytes;
+    const uint64_t policy =
+        is_tokens || queue.SharesWeights() ? ptx::kEvictNormal : ptx::kEvictFirst;
     auto expect = [&](int k) {
       if (lane == 0) {
         if (k == 0) Announce(items[slot], item);
@@ -240,53 +204,11 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   }
   ptx::WaitForPrecedingKernels();  // also where there was no item
   ptx::LaunchDependents();
-  AnnounceEnd(items[slot], full + 8 * stage, empty + 8 * stage, parity);
-}
-
-// The same for one token: the weights alone, which wait for no other kernel.
-template <typename Tile>
-__device__ __forceinline__ void LoadItems(const OneTokenParams& p, uint32_t shared,
-                                          volatile WorkItem* items) {
-  constexpr int kStages = Tile::kStages, kRecordBytes = Tile::kRecordBytes;
-  const uint32_t full = shared + Tile::kBarriersAt, empty = full + 8 * kStages;
-  const int lane = threadIdx.x % 32;
-  const int id = lane < p.num_slots ? p.expert_ids[lane] : -1;
-  const bool valid = id >= 0 && id < p.num_experts;
-  const unsigned slots = __ballot_sync(~0u, valid);
-  const int rank = __popc(slots & ((1u << lane) - 1));
-  const RowTiles rows(p.weights.row_blocks, Tile::kWarpgroups, __popc(slots), gridDim.x);
-  const int num_items = __popc(slots) * rows.count;
-  __syncthreads();          // the barriers are there
-  ptx::LaunchDependents();  // they wait for all of this kernel
-
-  const uint32_t to = shared + Tile::kWeightsAt + lane * kRecordBytes;
-  int stage = 0, at = 0;
-  uint32_t parity = 1;
-  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-    const int tile = i / rows.count;
-    const int slot = __ffs(__ballot_sync(~0u, valid && rank == tile)) - 1;
-    const WorkItem item = ItemAt<Tile>({__shfl_sync(~0u, id, slot), slot, 1, tile}, rows, i);
-    const uint8_t* from = p.weights.Slab(item.expert, item.first_slab + lane, kRecordBytes);
-    for (int k = 0; k < p.weights.k_blocks; ++k) {
-      ptx::BarrierWait(empty + 8 * stage, parity);
-      if (lane == 0) {
-        if (k == 0) Announce(items[at], item);
-        ptx::BarrierArriveExpect(full + 8 * stage, item.slabs * kRecordBytes);
-      }
-      __syncwarp();
-      if (lane < item.slabs) {
-        ptx::BulkCopy(to + stage * Tile::kWeightBytes, from, kRecordBytes, full + 8 * stage,
-                      ptx::kEvictFirst);
-      }
-      from += kRecordBytes;
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    }
-    at = at + 1 == Tile::kItems ? 0 : at + 1;
+  ptx::BarrierWait(empty + 8 * stage, parity);
+  if (lane == 0) {
+    Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
+    ptx::BarrierArrive(full + 8 * stage);
   }
-  AnnounceEnd(items[at], full + 8 * stage, empty + 8 * stage, parity);
 }
 
 }  // namespace jax_w4moe

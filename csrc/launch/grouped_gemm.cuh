@@ -1,9 +1,11 @@
 // The definitions of grouped_gemm.h, for the files that compile a format each.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/grouped_gemm.cuh"
+#include "kernels/one_token.cuh"
 #include "launch/grouped_gemm.h"
 #include "launch/grouped_gemm_tiles.h"
 #include "launch/launch.h"
@@ -29,15 +31,15 @@ void ForEachTile(const F& f) {
 
 template <typename Decoder, typename Activations>
 cudaError_t PrepareTiles() {
-  cudaError_t status = cudaSuccess;
-  auto prepare = [&](auto* tile) {
+  using OneToken = OneTokenTile<Decoder, Activations>;
+  cudaError_t status = cudaFuncSetAttribute(
+      OneTokenGemm<OneToken>, cudaFuncAttributeMaxDynamicSharedMemorySize, OneToken::kSharedBytes);
+  ForEachTile<Decoder, Activations>([&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     if (status != cudaSuccess) return;
     status = cudaFuncSetAttribute(GroupedGemm<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   Tile::kSharedBytes);
-  };
-  prepare(static_cast<OneTokenTile<Decoder, Activations>*>(nullptr));
-  ForEachTile<Decoder, Activations>(prepare);
+  });
   return status;
 }
 
@@ -56,7 +58,8 @@ template <typename Decoder, typename Activations>
 void LaunchOneTokenTile(const OneTokenParams& params, const Epilogue& epilogue, int num_sms,
                         cudaStream_t stream) {
   using Tile = OneTokenTile<Decoder, Activations>;
-  Launch(!params.is_first, GroupedGemm<Tile>, num_sms, Tile::kThreads, Tile::kSharedBytes, stream,
+  const int num_ctas = std::max(num_sms, params.num_slots);  // every slot has one at least
+  Launch(!params.is_first, OneTokenGemm<Tile>, num_ctas, Tile::kThreads, Tile::kSharedBytes, stream,
          params, epilogue);
 }
 

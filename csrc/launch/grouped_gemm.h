@@ -10,6 +10,7 @@
 #include "formats/formats.h"
 #include "kernels/load_items.cuh"
 #include "mainloop/activations.cuh"
+#include "schedule/one_token.cuh"
 
 namespace jax_w4moe {
 

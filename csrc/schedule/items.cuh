@@ -3,8 +3,8 @@
 // ticket, so that none waits for a slower one. Which CTA does an item changes no bit of it.
 //
 // An expert's rows are cut into as few token tiles as fit, as equal as whole units of tokens allow.
-// Work items are numbered expert by expert, row slabs next, token tiles fastest, so that the token
-// tiles of one expert's slabs run side by side and find the weights in L2.
+// Work items are numbered expert by expert, token tiles next, row slabs fastest, so that CTAs that
+// run side by side read the same tokens; an expert's weights stay in L2 for its next token tile.
 #pragma once
 
 #include <climits>
@@ -96,8 +96,8 @@ __device__ __forceinline__ WorkItem ItemAt(const PlannedTile& planned, const Row
   const int units = (planned.size + kUnit - 1) / kUnit;
   int row_tile = local, tile = 0, least = units, longer = 0;
   if (tiles > 1) {  // divisions take time
-    row_tile = local / tiles;
-    tile = local % tiles;
+    row_tile = local % rows.count;
+    tile = local / rows.count;
     least = units / tiles;
     longer = units % tiles;  // the first tiles have one more
   }
