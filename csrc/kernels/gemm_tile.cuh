@@ -14,14 +14,6 @@ namespace jax_w4moe {
 
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
-// Lanes of a warp that say it has read a stage. One is enough after __syncwarp, and fastest; but
-// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
-#ifdef JAX_W4MOE_RACECHECK
-inline constexpr int kReleasingLanes = 32;
-#else
-inline constexpr int kReleasingLanes = 1;
-#endif
-
 // Decoder_: of formats/; Activations_: of mainloop/activations.cuh; kMaxStages: or one less, where
 // a format's records are too large.
 template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,

@@ -14,6 +14,7 @@
 #include "epilogue/epilogue.cuh"
 #include "kernels/gemm_tile.cuh"
 #include "kernels/load_items.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/store_items.cuh"
 #include "mainloop/wgmma.cuh"
 
@@ -72,14 +73,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
   const uint32_t table = tokens + Tile::kTableAt;
   const RecordThread reader(thread, !Tile::kIsTight);
   const uint32_t first_tile = TokenDescriptor(tokens);
-  int stage = 0;
-  uint32_t parity = 0;
-  auto advance = [&] {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  };
+  RingPlace<kStages> ring;
   auto release = [&](int used) {
     __syncwarp();  // all lanes have read
     if (thread % 32 < kReleasingLanes) ptx::BarrierArrive(empty + 8 * used);
@@ -90,7 +84,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
   // since a thread may begin the next item while another still reads this one's.
   uint32_t odd = 0;
   for (int slot = 0;; slot = slot + 1 == Tile::kItems ? 0 : slot + 1) {
-    ptx::BarrierWait(full + 8 * stage, parity);
+    ptx::BarrierWait(full + 8 * ring.stage, ring.parity);
     volatile WorkItem& item = items[slot];  // registers are scarce
     const uint32_t scales = tokens + Tile::kScalesAt + (2 * warpgroup + odd) * Tile::kScaleBytes;
     const float* row_scale = p.row_scale + item.first_row;
@@ -104,9 +98,9 @@ __global__ void __maxnreg__(Tile::kRegisters)
     if (width == kNoMoreItems) break;
     if (width == 0) {  // fewer slabs than warpgroups
       for (int k = 0; k < p.weights.k_blocks; ++k) {
-        ptx::BarrierWait(full + 8 * stage, parity);
-        release(stage);
-        advance();
+        ptx::BarrierWait(full + 8 * ring.stage, ring.parity);
+        release(ring.stage);
+        ring.Advance();
       }
       ptx::CopyAsyncWait();  // before the next item's scales go to the same place
       continue;
@@ -129,8 +123,8 @@ __global__ void __maxnreg__(Tile::kRegisters)
       uint32_t record;  // the last that was loaded
       typename Decoder::Tables tables;
       auto load_first = [&](int to) {
-        ptx::BarrierWait(full + 8 * stage, parity);
-        record = record_at(stage);
+        ptx::BarrierWait(full + 8 * ring.stage, ring.parity);
+        record = record_at(ring.stage);
         tables = Decoder::LoadTables(record, reader, table);
         Decoder::DecodePlane(Codes<0>(record, reader), tables, first[to]);
       };
@@ -145,8 +139,8 @@ __global__ void __maxnreg__(Tile::kRegisters)
       // next one's issue: beside WGMMA's own reads that takes long.
       auto step = [&](auto which, bool more) {
         constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
-        const int used = stage;
-        advance();
+        const int used = ring.stage;
+        ring.Advance();
 #pragma unroll
         for (int n = 0; n < kSubtiles; ++n) {
           ForEachGroup<Tile::kGroups>([&](auto group) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "formats/record.cuh"
+#include "kernels/ring.cuh"
 #include "ptx/sm90.cuh"
 #include "schedule/items.cuh"
 
@@ -138,8 +139,8 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   const int64_t k_step = is_tokens ? p.image_rows * 128 * Tile::kPanels : kRecordBytes;
   // Tokens are copied after the early weights; those of few pairs are there soon.
   int early = is_early ? min(k_blocks, is_few ? kFewEarly : kStages) : 0;
-  int stage = 0, slot = 0;
-  uint32_t parity = 1;
+  int slot = 0;
+  RingPlace<kStages> ring{0, 1};
   RowsReady rows(p);
   while (queue.HasItem()) {
     const WorkItem item = queue.Item();
@@ -154,32 +155,26 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
     auto expect = [&](int k) {
       if (lane == 0) {
         if (k == 0) Announce(items[slot], item);
-        ptx::BarrierArriveExpect(full + 8 * stage,
+        ptx::BarrierArriveExpect(full + 8 * ring.stage,
                                  Tile::kPanels * tile_bytes + item.slabs * kRecordBytes);
       }
       __syncwarp();
     };
     auto copy = [&] {
-      ptx::BulkCopy(to + stage * stage_bytes, from, bytes, full + 8 * stage, policy);
+      ptx::BulkCopy(to + ring.stage * stage_bytes, from, bytes, full + 8 * ring.stage, policy);
       from += k_step;
     };
-    auto advance = [&] {
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    };
     if (early > 0) {
-      for (stage = 0; stage < early; ++stage) {
+      for (ring.stage = 0; ring.stage < early; ++ring.stage) {
         if (copies && !is_tokens) copy();
       }
       rows.Wait(item);
-      for (stage = 0; stage < early; ++stage) {
-        expect(stage);
+      for (ring.stage = 0; ring.stage < early; ++ring.stage) {
+        expect(ring.stage);
         if (is_tokens) copy();
       }
-      --stage;
-      advance();
+      --ring.stage;
+      ring.Advance();
     } else {
       rows.Wait(item);
     }
@@ -189,10 +184,10 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
     int k = early;
     auto stream_until = [&](int end) {
       for (; k < end; ++k) {
-        ptx::BarrierWait(empty + 8 * stage, parity);
+        ptx::BarrierWait(empty + 8 * ring.stage, ring.parity);
         expect(k);
         if (copies) copy();
-        advance();
+        ring.Advance();
       }
     };
     // Long before the next item, and where the ticket has had time to come.
@@ -204,10 +199,10 @@ __device__ __forceinline__ void LoadItems(const GroupedGemmParams& p, uint32_t s
   }
   ptx::WaitForPrecedingKernels();  // also where there was no item
   ptx::LaunchDependents();
-  ptx::BarrierWait(empty + 8 * stage, parity);
+  ptx::BarrierWait(empty + 8 * ring.stage, ring.parity);
   if (lane == 0) {
     Announce(items[slot], {0, 0, 0, 0, 0, kNoMoreItems});
-    ptx::BarrierArrive(full + 8 * stage);
+    ptx::BarrierArrive(full + 8 * ring.stage);
   }
 }
 

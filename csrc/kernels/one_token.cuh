@@ -18,6 +18,7 @@
 #include "epilogue/epilogue.cuh"
 #include "formats/record.cuh"
 #include "kernels/gemm_tile.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/row_sources.cuh"
 #include "mainloop/wgmma.cuh"
 #include "ptx/sm90.cuh"
@@ -74,19 +75,6 @@ struct OneTokenTile {
   static_assert(kEmptyAt + 8 * kStages == kSharedBytes, "nothing else");
 };
 
-// Where one is in the ring of stages, and the parity of the stage's barriers then.
-template <int kStages>
-struct RingPlace {
-  int at = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++at == kStages) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Writes the row that a CTA multiplies to row 0 of the tile's panels, [k_blocks][panels]; of the
 // other rows nobody reads the results. By all math threads.
 template <typename Tile>
@@ -136,19 +124,19 @@ __device__ __forceinline__ void TakeRow(const OneTokenParams& p, uint32_t shared
 template <typename Tile>
 __device__ __forceinline__ void LoadRecords(const OneTokenParams& p, uint32_t shared,
                                             const OneTokenShare& share) {
-  RingPlace<Tile::kStages> stage;
+  RingPlace<Tile::kStages> ring{0, 1};
   const uint8_t* from = p.weights.Slab(share.expert, share.first_slab, Tile::kRecordBytes);
   for (int left = share.slabs * p.weights.k_blocks; left > 0; left -= Tile::kWarpgroups) {
-    ptx::BarrierWait(shared + Tile::kEmptyAt + 8 * stage.at, stage.parity ^ 1);
+    ptx::BarrierWait(shared + Tile::kEmptyAt + 8 * ring.stage, ring.parity);
     if (threadIdx.x % 32 == 0) {
-      const uint32_t full = shared + Tile::kFullAt + 8 * stage.at;
+      const uint32_t full = shared + Tile::kFullAt + 8 * ring.stage;
       const uint32_t bytes = min(left, Tile::kWarpgroups) * Tile::kRecordBytes;
       ptx::BarrierArriveExpect(full, bytes);
-      ptx::BulkCopy(shared + Tile::kWeightsAt + stage.at * Tile::kWeightBytes, from, bytes, full,
+      ptx::BulkCopy(shared + Tile::kWeightsAt + ring.stage * Tile::kWeightBytes, from, bytes, full,
                     ptx::kEvictFirst);
     }
     from += Tile::kWeightBytes;
-    stage.Advance();
+    ring.Advance();
   }
 }
 
@@ -279,9 +267,9 @@ class OneTokenMath {
 
   // For the next stage, which it returns.
   __device__ __forceinline__ int Wait() {
-    const int stage = stage_.at;
-    ptx::BarrierWait(shared_ + Tile::kFullAt + 8 * stage, stage_.parity);
-    stage_.Advance();
+    const int stage = ring_.stage;
+    ptx::BarrierWait(shared_ + Tile::kFullAt + 8 * stage, ring_.parity);
+    ring_.Advance();
     return stage;
   }
   __device__ __forceinline__ void Load(Record& to) {
@@ -305,7 +293,7 @@ class OneTokenMath {
   int warpgroup_, k_blocks_;
   uint32_t first_tile_;
   RecordThread reader_;
-  RingPlace<Tile::kStages> stage_;
+  RingPlace<Tile::kStages> ring_;
   int handed_ = 0;  // the stage whose products are handed over next
 };
 
@@ -317,7 +305,7 @@ __device__ __forceinline__ void FoldProducts(const OneTokenParams& p, const Epil
   if (share.slabs == 0) return;
   constexpr int kGroups = Tile::kGroups;
   const int lane = threadIdx.x % 32, k_blocks = p.weights.k_blocks;
-  RingPlace<Tile::kStages> stage;
+  RingPlace<Tile::kStages> ring;
   EpilogueTile tile{};
   tile.thread = lane / 8 * 32 + lane % 8 * 4;
   tile.expert = share.expert;
@@ -327,9 +315,9 @@ __device__ __forceinline__ void FoldProducts(const OneTokenParams& p, const Epil
   float sums[2] = {};
   int block = 0;
   for (int left = share.slabs * k_blocks; left > 0; left -= Tile::kWarpgroups) {
-    ptx::BarrierWait(shared + Tile::kMultipliedAt + 8 * stage.at, stage.parity);
+    ptx::BarrierWait(shared + Tile::kMultipliedAt + 8 * ring.stage, ring.parity);
     const uint32_t products =
-        shared + Tile::kProductsAt + stage.at * Tile::kProductBytes + lane * Tile::kPairBytes;
+        shared + Tile::kProductsAt + ring.stage * Tile::kProductBytes + lane * Tile::kPairBytes;
     auto add = [&](int warpgroup) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -356,8 +344,8 @@ __device__ __forceinline__ void FoldProducts(const OneTokenParams& p, const Epil
       }
     }
     __syncwarp();
-    if (lane < kReleasingLanes) ptx::BarrierArrive(shared + Tile::kEmptyAt + 8 * stage.at);
-    stage.Advance();
+    if (lane < kReleasingLanes) ptx::BarrierArrive(shared + Tile::kEmptyAt + 8 * ring.stage);
+    ring.Advance();
   }
 }
 
