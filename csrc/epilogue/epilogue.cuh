@@ -50,7 +50,7 @@ struct Epilogue {
     }
   }
   // One token, without shared memory: a thread's sums of rows g and g + 8, the row's scale, and
-  // their biases, which may be asked for long before; for a slab beyond the last one anything.
+  // their biases, which may be asked for long before.
   __device__ __forceinline__ float2 Biases(const EpilogueTile& tile) const {
     return kind == EpilogueKind::kGated ? gated.Biases(tile) : store.Biases(tile);
   }

@@ -58,7 +58,7 @@ struct Gated {
 
   // Of a thread's gate and up.
   __device__ __forceinline__ float2 Biases(const EpilogueTile& tile) const {
-    if (!bias || tile.slab >= slabs) return {0.0f, 0.0f};
+    if (!bias) return {0.0f, 0.0f};
     const float* rows = bias + (int64_t{tile.expert} * slabs + tile.slab) * 64;
     return {rows[tile.Row(0)], rows[tile.Row(2)]};
   }

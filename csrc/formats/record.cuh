@@ -56,6 +56,14 @@ __device__ __forceinline__ uint4 ScaleWordPairs(uint32_t record, const RecordThr
   return ptx::LoadShared128(record + thread.scales * 2 + kCodeBytes);
 }
 
+// A decoder's table, if it has one, by the first threads of a block.
+template <typename Decoder>
+__device__ __forceinline__ void WriteTable(uint8_t* to) {
+  if constexpr (Decoder::kTableBytes > 0) {
+    if (threadIdx.x < Decoder::kTableBytes) to[threadIdx.x] = Decoder::TableByte(threadIdx.x);
+  }
+}
+
 // Of a decoder (formats/mxfp4.cuh) without a table: Decoder::Decode makes eight codes two registers
 // of four E4M3.
 template <typename Decoder>

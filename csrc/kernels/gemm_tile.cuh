@@ -14,6 +14,18 @@ namespace jax_w4moe {
 
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
+// Registers of a thread: when a kernel starts, and as its warpgroups share them: those that
+// multiply, and the one that loads and stores.
+struct ThreadRegisters {
+  int start, math, producer;
+  constexpr bool Fit(int warpgroups) const {
+    return warpgroups * math + producer <= (warpgroups + 1) * start;
+  }
+};
+// Of three math warpgroups: all, or all but 12,288 of an SM, for blocks of the next kernel, which
+// wait there for what this one writes.
+inline constexpr ThreadRegisters kAllRegisters{128, 152, 56}, kLeavingRegisters{104, 120, 56};
+
 // Decoder_: of formats/; Activations_: of mainloop/activations.cuh; kMaxStages: or one less, where
 // a format's records are too large.
 template <typename Decoder_, typename Activations_, int kSubtiles_, int kMaxWidth_,
@@ -38,18 +50,16 @@ struct GroupedGemmTile {
   static constexpr bool kIsTight = kMostRegisters - kSums < 52;
   static constexpr int kSecondPlanes = kIsTight ? 1 : 2;
 
-  // Registers of a thread: when the kernel starts, and as the warpgroups share them. Small tiles
-  // leave 12,288 of an SM's to blocks of the next kernel, which wait there for what this one
-  // writes; decoders that promote more often need them themselves. Where three warpgroups have many
-  // sums, those that load and store leave them what they can.
+  // Small tiles leave registers to the next kernel; decoders that promote more often need them
+  // themselves. Where three warpgroups have many sums, those that load and store leave them what
+  // they can.
   static constexpr bool kLeavesRegisters = kTokens <= 64 && kGroups == 1;
-  static constexpr int kRegisters = kWarpgroups == 2 ? 168 : kLeavesRegisters ? 104 : 128;
-  static constexpr int kMathRegisters = kWarpgroups == 2 || kIsTight ? kMostRegisters
-                                        : kLeavesRegisters           ? 120
-                                                                     : 152;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kIsTight ? 32 : 56;
-  static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
-                "there are no more");
+  static constexpr ThreadRegisters kRegisters =
+      kWarpgroups == 2   ? ThreadRegisters{168, kMostRegisters, 40}
+      : kIsTight         ? ThreadRegisters{128, kMostRegisters, 32}
+      : kLeavesRegisters ? kLeavingRegisters
+                         : kAllRegisters;
+  static_assert(kRegisters.Fit(kWarpgroups), "there are no more");
 
   // Shared memory.
   static constexpr int kPanelBytes = kTokens * 128;

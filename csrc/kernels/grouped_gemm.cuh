@@ -21,7 +21,7 @@
 namespace jax_w4moe {
 
 template <typename Tile>
-__global__ void __maxnreg__(Tile::kRegisters)
+__global__ void __maxnreg__(Tile::kRegisters.start)
     GroupedGemm(const __grid_constant__ GroupedGemmParams p,
                 const __grid_constant__ Epilogue epilogue) {
   using Decoder = typename Tile::Decoder;
@@ -33,14 +33,10 @@ __global__ void __maxnreg__(Tile::kRegisters)
   // The producer announces an item with its first stage.
   volatile WorkItem* items = reinterpret_cast<WorkItem*>(shared + Tile::kItemsAt);
 
-  if constexpr (Decoder::kTableBytes > 0) {
-    if (threadIdx.x < Decoder::kTableBytes) {
-      shared[Tile::kTableAt + threadIdx.x] = Decoder::TableByte(threadIdx.x);
-    }
-  }
+  WriteTable<Decoder>(shared + Tile::kTableAt);
   if (const int s = threadIdx.x; s < kStages) {
     ptx::BarrierInit(full + 8 * s, 1);
-    ptx::BarrierInit(empty + 8 * s, 4 * kReleasingLanes * kWarpgroups);
+    ptx::BarrierInit(empty + 8 * s, 4 * kArrivingLanes * kWarpgroups);
     ptx::BarrierInitFence();
   }
   if (const int s = threadIdx.x; s < kWarpgroups * Tile::kBuffers) {
@@ -52,7 +48,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
 
   if (warpgroup == kWarpgroups) {
-    cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Tile::kRegisters.producer>();
     const int warp = __shfl_sync(~0u, thread / 32, 0);
     if (warp == 0) {
       LoadItems<Tile>(p, tokens, items);
@@ -66,7 +62,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
     return;
   }
 
-  cutlass::arch::warpgroup_reg_alloc<Tile::kMathRegisters>();
+  cutlass::arch::warpgroup_reg_alloc<Tile::kRegisters.math>();
   __syncthreads();
   // Else the first stage is full when its rows are there.
   if (!p.waits_for_rows) ptx::WaitForPrecedingKernels();
@@ -74,10 +70,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
   const RecordThread reader(thread, !Tile::kIsTight);
   const uint32_t first_tile = TokenDescriptor(tokens);
   RingPlace<kStages> ring;
-  auto release = [&](int used) {
-    __syncwarp();  // all lanes have read
-    if (thread % 32 < kReleasingLanes) ptx::BarrierArrive(empty + 8 * used);
-  };
+  auto release = [&](int used) { WarpArrive(empty + 8 * used); };
   const Staging<Tile> staging{tokens, warpgroup};
   int job = 0;  // how many sub-tiles this warpgroup has handed over
   // Of the items that this warpgroup has finished, whether they are odd: scales have two places,

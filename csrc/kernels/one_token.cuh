@@ -1,12 +1,11 @@
 // A grouped GEMM for one token: the slots' rows times the weights of their experts.
 //
-// A CTA has slabs of one slot, one behind the other. A producer warp
-// streams their records in threes through a ring of stages; of each stage the three math warpgroups
-// take a record each, decode it and multiply it with the row, which the CTA itself has made in
-// shared memory, since a token image (kernels/token_image.cuh) would be written and read again; a
-// folding warp adds the products of a slab in the order of K, as the grouped GEMM does in its
-// accumulators, and finishes it. So three warpgroups share the K of a slab, and the sums are the
-// same bit for bit.
+// A CTA has slabs of one slot, one behind the other. A producer warp streams their records in
+// threes through a ring of stages; of each stage the three math warpgroups take a record each,
+// decode it and multiply it with the row, which the CTA itself has made in shared memory, since a
+// token image (kernels/token_image.cuh) would be written and read again; a folding warp adds the
+// products of a slab in the order of K, as the grouped GEMM does in its accumulators, and finishes
+// it. So three warpgroups share the K of a slab, and the sums are the same bit for bit.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -36,12 +35,8 @@ struct OneTokenTile {
   static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
   static constexpr int kTokens = 8;  // of an instruction; the row is the first
 
-  // Registers of a thread: when the kernel starts, and as the warpgroups share them.
-  static constexpr int kRegisters = kGroups == 1 ? 104 : 128;
-  static constexpr int kMathRegisters = kGroups == 1 ? 120 : 152;
-  static constexpr int kProducerRegisters = 56;
-  static_assert(kWarpgroups * kMathRegisters + kProducerRegisters <= (kWarpgroups + 1) * kRegisters,
-                "there are no more");
+  static constexpr ThreadRegisters kRegisters = kGroups == 1 ? kLeavingRegisters : kAllRegisters;
+  static_assert(kRegisters.Fit(kWarpgroups), "there are no more");
 
   // Shared memory.
   static constexpr int kPanelBytes = kTokens * 128;
@@ -140,8 +135,8 @@ __device__ __forceinline__ void LoadRecords(const OneTokenParams& p, uint32_t sh
   }
 }
 
-// A math warpgroup: every third record times the row. With one token its time is latency:
-// the next record is on its way to registers while one is decoded, which is while the one before is
+// A math warpgroup: every third record times the row. With one token its time is latency: the next
+// record is on its way to registers while one is decoded, which is while the one before is
 // multiplied, whose products are handed over beside the next ones.
 template <typename Tile>
 class OneTokenMath {
@@ -246,6 +241,8 @@ class OneTokenMath {
       start(zero, kLast);
       return finish(zero, zero);
     }
+    // Both halves written out, each with its exit: from a function that both call, and that says
+    // whether it was the last, ptxas makes products that wait for one another (C7514).
     start(zero, kMore);
     for (int left = own - 1;; left -= 2) {
       if (left == 1) {
@@ -282,10 +279,7 @@ class OneTokenMath {
   }
   // Says that a stage's products are there, and its record is read.
   __device__ __forceinline__ void HandOver() {
-    __syncwarp();
-    if (threadIdx.x % 32 < kReleasingLanes) {
-      ptx::BarrierArrive(shared_ + Tile::kMultipliedAt + 8 * handed_);
-    }
+    WarpArrive(shared_ + Tile::kMultipliedAt + 8 * handed_);
     if (++handed_ == Tile::kStages) handed_ = 0;
   }
 
@@ -337,39 +331,34 @@ __device__ __forceinline__ void FoldProducts(const OneTokenParams& p, const Epil
         add(w);
         if (++block < k_blocks) continue;
         epilogue.StoreOneToken(sums, biases, scale, tile);
+        if (left == w + 1) break;  // the last slab
         ++tile.slab;
         biases = epilogue.Biases(tile);
         sums[0] = sums[1] = 0.0f;
         block = 0;
       }
     }
-    __syncwarp();
-    if (lane < kReleasingLanes) ptx::BarrierArrive(shared + Tile::kEmptyAt + 8 * ring.stage);
+    WarpArrive(shared + Tile::kEmptyAt + 8 * ring.stage);
     ring.Advance();
   }
 }
 
 template <typename Tile>
-__global__ void __maxnreg__(Tile::kRegisters)
+__global__ void __maxnreg__(Tile::kRegisters.start)
     OneTokenGemm(const __grid_constant__ OneTokenParams p,
                  const __grid_constant__ Epilogue epilogue) {
-  using Decoder = typename Tile::Decoder;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   const uint32_t shared = ptx::SharedAddress(shared_bytes);
-  if constexpr (Decoder::kTableBytes > 0) {
-    if (threadIdx.x < Decoder::kTableBytes) {
-      shared_bytes[Tile::kTableAt + threadIdx.x] = Decoder::TableByte(threadIdx.x);
-    }
-  }
+  WriteTable<typename Tile::Decoder>(shared_bytes + Tile::kTableAt);
   if (const int s = threadIdx.x; s < Tile::kStages) {
     ptx::BarrierInit(shared + Tile::kFullAt + 8 * s, 1);
-    ptx::BarrierInit(shared + Tile::kMultipliedAt + 8 * s, 4 * kReleasingLanes * Tile::kWarpgroups);
-    ptx::BarrierInit(shared + Tile::kEmptyAt + 8 * s, kReleasingLanes);
+    ptx::BarrierInit(shared + Tile::kMultipliedAt + 8 * s, 4 * kArrivingLanes * Tile::kWarpgroups);
+    ptx::BarrierInit(shared + Tile::kEmptyAt + 8 * s, kArrivingLanes);
     ptx::BarrierInitFence();
   }
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == Tile::kWarpgroups) {
-    cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Tile::kRegisters.producer>();
     const OneTokenShare share(p, OneTokenShare::LaneExpert(p));
     const int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
     __syncthreads();
@@ -381,7 +370,7 @@ __global__ void __maxnreg__(Tile::kRegisters)
     }
     return;
   }
-  cutlass::arch::warpgroup_reg_alloc<Tile::kMathRegisters>();
+  cutlass::arch::warpgroup_reg_alloc<Tile::kRegisters.math>();
   const int lane_expert = OneTokenShare::LaneExpert(p);
   __syncthreads();
   if (p.is_first) TakeRow<Tile>(p, shared, 0);
