@@ -67,8 +67,10 @@ class Program:
 
         Args:
           repeats: measurements.
-          pause_s: seconds of idleness before each measurement, which then is a burst of two
-            programs, or of 2 ms; without a pause it is 20 ms of programs back to back.
+          pause_s: seconds of idleness before each measurement, which then is what a burst of four
+            programs, or of 4 ms, takes longer than one of half as many: so the host's time to start
+            and to notice the end does not count. Without a pause it is 20 ms of programs back to
+            back.
         """
         programs = max(2, min(50, round((SECONDS / 10 if pause_s else SECONDS) / self._once)))
         if jax.process_count() > 1:  # all processes must run as many
@@ -76,10 +78,16 @@ class Program:
         times = []
         for _ in range(repeats):
             if pause_s:
-                time.sleep(pause_s)
-                self._seconds(1)  # so that the host, too, is awake
-            times.append(self._seconds(programs) / (programs * self.calls) * 1e6)
+                seconds = self._burst(2 * programs, pause_s) - self._burst(programs, pause_s)
+            else:
+                seconds = self._seconds(programs)
+            times.append(seconds / (programs * self.calls) * 1e6)
         return times
+
+    def _burst(self, programs: int, pause_s: float) -> float:
+        time.sleep(pause_s)
+        self._seconds(1)  # so that the host, too, is awake
+        return self._seconds(programs)
 
     def _seconds(self, programs: int) -> float:
         start = time.perf_counter()

@@ -147,6 +147,20 @@ def test_one_wide_token_alone(act_dtype: jnp.dtype) -> None:
         assert_bitwise(alone, together[:1])
 
 
+@pytest.mark.parametrize("act_dtype", [jnp.float8_e4m3fn, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("intermediate", [32, 160, 512])
+def test_many_narrow_rows(intermediate: int, act_dtype: jnp.dtype) -> None:
+    """Of 4,096 and more a warp requantises four: bit for bit as a warp or a block to each."""
+    shape = (256, intermediate, 6, 3)
+    experts = data.packed_experts(shape, bias=True)
+    x, ids, weights = _tokens(shape, 1400, "outside")
+    for rule in (w4.PerToken(), w4.Per128()):
+        run = functools.partial(kernel, act_dtype=act_dtype, act_scale=rule)
+        together = np.asarray(run(x, experts, ids, weights))
+        for rows in (slice(0, 50), slice(300, 600)):
+            assert_bitwise(run(x[rows], experts, ids[rows], weights[rows]), together[rows])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 64, 65])
 def test_most_experts_and_slots(num_tokens: int) -> None:
     """E = 1,024 and k = 32, placed by counting (up to 2,048 pairs) and by blocks of pairs."""

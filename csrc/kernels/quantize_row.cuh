@@ -40,10 +40,21 @@ __device__ __forceinline__ uint2 Quantize(uint4 v, float inv_scale) {
                     Quantize(make_uint2(v.z, v.w), inv_scale));
 }
 
-// Maximum over a team: a warp, or a whole block of kTeam threads.
+// A row's threads are a team: all kTeam of a block, a warp, or an aligned part of one. The lanes of
+// the calling thread's warp that are of its team.
+template <int kTeam>
+__device__ __forceinline__ uint32_t TeamLanes() {
+  if constexpr (kTeam >= 32) {
+    return ~0u;
+  } else {
+    return ((1u << kTeam) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
+  }
+}
+
+// Maximum over a team.
 template <int kTeam>
 __device__ __forceinline__ uint32_t TeamMax(uint32_t value) {
-  value = __reduce_max_sync(0xffffffffu, value);
+  value = __reduce_max_sync(TeamLanes<kTeam>(), value);
   if constexpr (kTeam > 32) {
     __shared__ uint32_t warp_max[kTeam / 32];
     __syncthreads();  // the previous row's maxima have been read

@@ -7,13 +7,16 @@
 
 namespace jax_w4moe {
 
-// Lanes of a warp that arrive for it. One is enough after __syncwarp, and fastest; but
-// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
+// Whether this is a build for compute-sanitizer's racecheck (`make sanitize`).
 #ifdef JAX_W4MOE_RACECHECK
-inline constexpr int kArrivingLanes = 32;
+inline constexpr bool kForRacecheck = true;
 #else
-inline constexpr int kArrivingLanes = 1;
+inline constexpr bool kForRacecheck = false;
 #endif
+
+// Lanes of a warp that arrive for it. One is enough after __syncwarp, and fastest; but racecheck
+// does not follow the other lanes through it.
+inline constexpr int kArrivingLanes = kForRacecheck ? 32 : 1;
 
 // Arrives for a warp, all of whose lanes have read or written.
 __device__ __forceinline__ void WarpArrive(uint32_t mbarrier) {

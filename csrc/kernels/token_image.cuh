@@ -16,11 +16,10 @@ namespace jax_w4moe {
 
 inline constexpr int kImageThreads = 128;
 
-// A warp, or all of a block.
 template <int kTeam>
 __device__ __forceinline__ void SyncTeam() {
-  if constexpr (kTeam == 32) {
-    __syncwarp();
+  if constexpr (kTeam <= 32) {
+    __syncwarp(TeamLanes<kTeam>());
   } else {
     __syncthreads();
   }
@@ -28,7 +27,7 @@ __device__ __forceinline__ void SyncTeam() {
 
 // --- placements ---
 //
-// kTeam: the threads of a row, a warp or a block. kKept: chunks that each of them reads once; wider
+// kTeam: the threads of a row (quantize_row.cuh). kKept: chunks that each of them reads once; wider
 //   rows are read twice. kBlocks: for __launch_bounds__, or 0.
 // HasRow: whether the row goes anywhere; asked before the preceding kernel is complete.
 // Wait: until the row of the source is there. Done: it has been written, by all threads.
@@ -142,9 +141,9 @@ struct PlaceInPlace {
   int num_rows;
 
   static constexpr int kTeam = kTeam_;
-  static constexpr int kKept = kTeam == 32 ? 6 : 2;
+  static constexpr int kKept = kTeam == 32 ? 6 : kTeam < 32 ? 4 : 2;
   // Beside the GEMM that writes h there is room for one block of 80 registers, or two of 48.
-  static constexpr int kBlocks = kTeam == 32 ? 6 : 0;
+  static constexpr int kBlocks = kTeam <= 32 ? 6 : 0;
   static constexpr bool kLaunchFirst = true;
   struct Shared {};
 

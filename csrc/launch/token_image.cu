@@ -76,9 +76,13 @@ void LaunchRequantize(const Rows& h, int num_rows, const Handover& handover,
       LaunchDependent(kernel, (num_rows + kRows - 1) / kRows, kImageThreads, 0, stream, args...);
     });
   };
-  constexpr int kFewRows = 256;  // fewer have a block each, which is done sooner than a warp
+  // Few rows have a block each, which is done sooner than a warp. Of many narrow ones a warp takes
+  // four, so that enough bytes are on their way at once.
+  constexpr int kFewRows = 256, kManyRows = 4096, kNarrow = 512;
   if (num_rows < kFewRows) {
     launch(PlaceInPlace<kImageThreads>{handover, num_rows});
+  } else if (num_rows >= kManyRows && h.width <= kNarrow) {
+    launch(PlaceInPlace<8>{handover, num_rows});
   } else {
     launch(PlaceInPlace<32>{handover, num_rows});
   }
