@@ -7,7 +7,6 @@
 #include "common/limits.h"
 #include "epilogue/tile.cuh"
 #include "formats/formats.h"
-#include "kernels/ring.cuh"
 #include "mainloop/activations.cuh"
 #include "schedule/items.cuh"
 
@@ -104,14 +103,12 @@ struct GroupedGemmTile {
 
   // The widths that sub-tiles are compiled for, of the multiples of 8: of two warpgroups' sub-tiles
   // up to 64, which is little for them, every other. Two sub-tiles have enough to do from 32 on.
-  // Racecheck needs more memory the longer a kernel is, and runs out of it with more than two.
   static constexpr int kMinWidth = kSubtiles > 1 ? 32 : 8;
   template <int kWidth>
   static constexpr bool kIsCompiled =
       kWidth == kMaxWidth ||
-      (kForRacecheck         ? kWidth == kMinWidth
-       : Decoder::kFewWidths ? kWidth <= 16 || kWidth % 32 == 0
-                             : kWarpgroups == 3 || kWidth > 64 || kWidth % 16 == 0);
+      (Decoder::kFewWidths ? kWidth <= 16 || kWidth % 32 == 0
+                           : kWarpgroups == 3 || kWidth > 64 || kWidth % 16 == 0);
   // Calls f with the least such width that is not below `width`, as a constant.
   template <int kWidth = kMinWidth, typename F>
   static __device__ __forceinline__ void WithWidth(int width, F&& f) {

@@ -7,16 +7,13 @@
 
 namespace jax_w4moe {
 
-// Whether this is a build for compute-sanitizer's racecheck (`make sanitize`).
+// Lanes of a warp that arrive for it. One is enough after __syncwarp, and fastest; but
+// compute-sanitizer's racecheck does not follow the other lanes through it (`make sanitize`).
 #ifdef JAX_W4MOE_RACECHECK
-inline constexpr bool kForRacecheck = true;
+inline constexpr int kArrivingLanes = 32;
 #else
-inline constexpr bool kForRacecheck = false;
+inline constexpr int kArrivingLanes = 1;
 #endif
-
-// Lanes of a warp that arrive for it. One is enough after __syncwarp, and fastest; but racecheck
-// does not follow the other lanes through it.
-inline constexpr int kArrivingLanes = kForRacecheck ? 32 : 1;
 
 // Arrives for a warp, all of whose lanes have read or written.
 __device__ __forceinline__ void WarpArrive(uint32_t mbarrier) {
