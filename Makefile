@@ -78,8 +78,10 @@ sanitize: $(INSTALLED) $(STAMPS)/extra-test
 	for tool in memcheck initcheck; do \
 	  PYTHONPATH=. $(SANITIZE) --tool $$tool $(PY) -m tests.helpers.small_layers || exit 1; \
 	done
+	# Launches that do not wait for one another make racecheck take all of the host's memory.
 	NVCC_APPEND_FLAGS=-DJAX_W4MOE_RACECHECK $(PIP) install --no-deps --upgrade --target build/racecheck .
-	PYTHONPATH=build/racecheck:. $(SANITIZE) --tool racecheck $(PY) -m tests.helpers.small_layers
+	PYTHONPATH=build/racecheck:. $(SANITIZE) --tool racecheck --force-blocking-launches \
+	  $(PY) -m tests.helpers.small_layers
 
 bench:
 	$(MAKE) JAX_W4MOE_CUDA=ON bench-on

@@ -1,11 +1,12 @@
 """Microseconds of an op on a GPU, as a step of a compiled program that is replayed.
 
 A program calls the op on each of a set of inputs, a dozen calls or so; programs are dispatched back
-to back, so that the host's share vanishes behind the device's. Inputs that together exceed the L2
-cache several times over are cold in it.
+to back, before the ones before them have ended, so that the device never waits for the host. Inputs
+that together exceed the L2 cache several times over are cold in it.
 """
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -65,24 +66,39 @@ class Program:
     def times_us(self, *, repeats: int = REPEATS, pause_s: float = 0.0) -> list[float]:
         """Microseconds per call of the op, of each of ``repeats`` measurements.
 
+        The host's time to start and to notice an end does not count.
+
         Args:
           repeats: measurements.
-          pause_s: seconds of idleness before each measurement, which then is what a burst of four
-            programs, or of 4 ms, takes longer than one of half as many: so the host's time to start
-            and to notice the end does not count. Without a pause it is 20 ms of programs back to
-            back.
+          pause_s: without a pause a measurement is 20 ms of programs, from the end of the 20 ms
+            before; the next are dispatched meanwhile. With one it is what a burst of four programs,
+            or of 4 ms, takes longer than one of half as many, each after that many seconds of
+            idleness.
         """
         programs = max(2, min(50, round((SECONDS / 10 if pause_s else SECONDS) / self._once)))
         if jax.process_count() > 1:  # all processes must run as many
             programs = int(multihost_utils.broadcast_one_to_all(np.int32(programs)))
-        times = []
-        for _ in range(repeats):
-            if pause_s:
-                seconds = self._burst(2 * programs, pause_s) - self._burst(programs, pause_s)
-            else:
-                seconds = self._seconds(programs)
-            times.append(seconds / (programs * self.calls) * 1e6)
-        return times
+        if pause_s:
+            seconds = [
+                self._burst(2 * programs, pause_s) - self._burst(programs, pause_s)
+                for _ in range(repeats)
+            ]
+        else:
+            ends = self._ends(programs, repeats + 1)
+            seconds = [end - start for start, end in itertools.pairwise(ends)]
+        return [s / (programs * self.calls) * 1e6 for s in seconds]
+
+    def _ends(self, programs: int, rounds: int) -> list[float]:
+        """When each of rounds of programs has ended; the next is dispatched before that."""
+        ends = []
+        running = self._round(programs)
+        for _ in range(rounds):
+            following = self._round(programs)
+            jax.block_until_ready(running)
+            ends.append(time.perf_counter())
+            running = following
+        jax.block_until_ready(running)
+        return ends
 
     def _burst(self, programs: int, pause_s: float) -> float:
         time.sleep(pause_s)
@@ -91,10 +107,14 @@ class Program:
 
     def _seconds(self, programs: int) -> float:
         start = time.perf_counter()
+        jax.block_until_ready(self._round(programs))
+        return time.perf_counter() - start
+
+    def _round(self, programs: int) -> Any:
+        """Dispatches them; the last one's results."""
         for _ in range(programs - 1):
             self()
-        jax.block_until_ready(self())
-        return time.perf_counter() - start
+        return self()
 
 
 def median_us(op: Callable[[Any], Any], inputs: Sequence[Any], *, repeats: int = REPEATS) -> float:
