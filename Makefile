@@ -72,13 +72,13 @@ gpu-test-on: $(INSTALLED) $(STAMPS)/extra-test $(STAMPS)/extra-gpu-test
 	@$(REQUIRE_GPU)
 	$(PY) -m pytest -q -m gpu tests
 
+# Racecheck takes all of the host's memory where launches do not wait for one another.
 SANITIZE = compute-sanitizer --kernel-name kernel_substring=jax_w4moe --error-exitcode 1
 sanitize: $(INSTALLED) $(STAMPS)/extra-test
 	@$(REQUIRE_GPU)
 	for tool in memcheck initcheck; do \
 	  PYTHONPATH=. $(SANITIZE) --tool $$tool $(PY) -m tests.helpers.small_layers || exit 1; \
 	done
-	# Launches that do not wait for one another make racecheck take all of the host's memory.
 	NVCC_APPEND_FLAGS=-DJAX_W4MOE_RACECHECK $(PIP) install --no-deps --upgrade --target build/racecheck .
 	PYTHONPATH=build/racecheck:. $(SANITIZE) --tool racecheck --force-blocking-launches \
 	  $(PY) -m tests.helpers.small_layers

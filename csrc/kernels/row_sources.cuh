@@ -101,7 +101,7 @@ struct SplitBf16Rows : Bf16Rows {
   // values.
   static __device__ __forceinline__ void RoundPer128(Raw& raw) {
     uint32_t amax_bits = AbsMax(raw);
-    const uint32_t mask = 0xffu << (threadIdx.x % 32 / 8 * 8);
+    const uint32_t mask = TeamLanes<8>();
 #pragma unroll
     for (int lanes = 1; lanes < 8; lanes *= 2) {
       amax_bits = max(amax_bits, __shfl_xor_sync(mask, amax_bits, lanes));

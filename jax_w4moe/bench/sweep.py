@@ -84,7 +84,7 @@ def sweep(
       format: of the weights.
       act_dtype: of the activations.
       backends: modules with ``prepare`` and ``run`` to time on the same weights and calls.
-      burst: time single programs after pauses, not programs back to back.
+      burst: time bursts after pauses, not programs back to back.
       tune: first call each layer outside of a program, so that autotune sees it.
       report: takes the sentence about a backend that failed.
 
