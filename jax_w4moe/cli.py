@@ -106,8 +106,28 @@ def convert(
     )
 
 
+# Of bench, what each option that asks for something else takes beside it.
+_BENCH_ONLY = {
+    "host": {"shape"},
+    "stack": {"shape", "tokens"},
+    "spread": {"shape", "tokens", "devices"},
+}
+
+
+def _refuse_unused(context: typer.Context) -> None:
+    """Raises ValueError for an option that would not be looked at."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    only = next((name for name in _BENCH_ONLY if name in given), None)
+    for name in given:
+        if name not in {only, *_BENCH_ONLY[only]} if only else name == "devices":
+            what = f"bench --{only}" if only else "bench without --spread"
+            raise ValueError(f"{what} takes no --{name.replace('_', '-')}; leave it out.")
+
+
 @app.command()
 def bench(
+    context: typer.Context,
     shape: Annotated[
         list[str] | None, typer.Option(help="A layer's name (all); tiny runs anywhere.")
     ] = None,
@@ -150,6 +170,7 @@ def bench(
     from jax_w4moe.bench import command
 
     try:
+        _refuse_unused(context)
         if host:
             command.host(shape or ())
             return
