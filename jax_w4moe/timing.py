@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 CALLS = 12  # of a program, at least
 SECONDS = 0.02  # of a measurement, about
 REPEATS = 30
+_UNCOUNTED = 5  # rounds
 
 
 class Program:
@@ -71,9 +72,9 @@ class Program:
         Args:
           repeats: measurements.
           pause_s: without a pause a measurement is 20 ms of programs, from the end of the 20 ms
-            before; the next are dispatched meanwhile. With one it is what a burst of four programs,
-            or of 4 ms, takes longer than one of half as many, each after that many seconds of
-            idleness.
+            before; the next are dispatched meanwhile, and the first do not count. With one it is
+            what a burst of four programs, or of 4 ms, takes longer than one of half as many, each
+            after that many seconds of idleness.
         """
         programs = max(2, min(50, round((SECONDS / 10 if pause_s else SECONDS) / self._once)))
         if jax.process_count() > 1:  # all processes must run as many
@@ -84,7 +85,8 @@ class Program:
                 for _ in range(repeats)
             ]
         else:
-            ends = self._ends(programs, repeats + 1)
+            # The first rounds' ends are seen late, while the host, slower at first, dispatches.
+            ends = self._ends(programs, _UNCOUNTED + repeats + 1)[_UNCOUNTED:]
             seconds = [end - start for start, end in itertools.pairwise(ends)]
         return [s / (programs * self.calls) * 1e6 for s in seconds]
 
