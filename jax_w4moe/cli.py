@@ -119,9 +119,12 @@ def _refuse_unused(context: typer.Context) -> None:
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     only = next((name for name in _BENCH_ONLY if name in given), None)
+    if only:
+        what, takes = f"bench --{only}", {only, *_BENCH_ONLY[only]}
+    else:
+        what, takes = "bench without --spread", context.params.keys() - {"devices"}
     for name in given:
-        if name not in {only, *_BENCH_ONLY[only]} if only else name == "devices":
-            what = f"bench --{only}" if only else "bench without --spread"
+        if name not in takes:
             raise ValueError(f"{what} takes no --{name.replace('_', '-')}; leave it out.")
 
 
